@@ -1,0 +1,9 @@
+"""Option fields that the same attack of several libraries shares, so that one name means one thing everywhere."""
+
+from typing import Annotated
+
+from scl_defense.types import Field
+
+Steps = Annotated[int, Field(ge=1, le=100_000, description="gradient steps")]
+RelStep = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False, description="length of a step in units of eps")]
+RandomStart = Annotated[bool, Field(description="start at a random point of the ball, else at the image itself")]

@@ -1,0 +1,23 @@
+"""What the benchmark layer registers. Targets are strings: listing them imports neither torch nor a library."""
+
+from scl_defense import hookimpl
+from scl_defense.hookspecs import Register
+
+_HERE = "scl_defense_benchmarks"
+
+
+@hookimpl
+def register_attacks(register: Register) -> None:
+    torchattacks, art, native = (f"{_HERE}.{name}" for name in ("torchattacks_adapter", "art_adapter", "native"))
+    register("fgsm", f"{torchattacks}:FGSM", summary="recommended FGSM, Linf, one step (this is torchattacks:fgsm)")
+    register("pgd", f"{torchattacks}:PGD", summary="recommended PGD, Linf or L2, 20 steps (this is torchattacks:pgd)")
+    register("cw", f"{torchattacks}:CW", summary="recommended Carlini-Wagner, smallest L2 (this is torchattacks:cw)")
+    register("torchattacks:fgsm", f"{torchattacks}:FGSM", summary="FGSM of torchattacks, Linf, one step")
+    register("torchattacks:pgd", f"{torchattacks}:PGD", summary="PGD and PGDL2 of torchattacks, Linf or L2")
+    register("torchattacks:cw", f"{torchattacks}:CW", summary="CW of torchattacks, smallest L2, best of several c")
+    register("art:fgsm", f"{art}:FGSM", summary="FastGradientMethod of ART, Linf, one step")
+    register("art:pgd", f"{art}:PGD", summary="ProjectedGradientDescent of ART, Linf or L2")
+    register("art:cw", f"{art}:CW", summary="CarliniL2Method of ART, smallest L2, binary search over c (slow)")
+    register("native:fgsm", f"{native}:FGSM", summary="our own FGSM, Linf, one step of the common ascent loop")
+    register("native:pgd", f"{native}:PGD", summary="our own PGD, any norm, cross-entropy or margin loss")
+    register("noise", f"{native}:Noise", summary="control: worst of several random points of the ball, no gradient")

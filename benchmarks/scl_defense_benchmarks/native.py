@@ -1,0 +1,109 @@
+"""Our own attacks: the common ascent loop on the classifier's loss, and the noise control."""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scl_defense.ascent import ascend
+from scl_defense.guard import frozen
+from scl_defense.threat import NORMS, ThreatModel
+from scl_defense.types import Field, component
+from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y per image, (N,): positive where the label is wrong (Carlini & Wagner 2017, f_6)."""
+    own = logits.gather(1, labels[:, None])
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own.squeeze(1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+_LOSSES = {"ce": _cross_entropy, "margin": margin}
+
+
+@component
+class FGSM:
+    """Fast gradient sign method: x + eps sign(grad CE) (Goodfellow, Shlens & Szegedy 2015)."""
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "native"
+    family: ClassVar[str] = "fgsm"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the Linf ball, shaped as ``images``."""
+        return PGD(steps=1, rel_step=1.0, random_start=False)(classifier, images, labels, threat, rng)
+
+
+@component
+class PGD:
+    """Projected gradient ascent (Madry et al. 2018) in any norm, on cross-entropy or on the margin between logits.
+
+    The margin's gradient does not vanish where the softmax is saturated, the cross-entropy's does.
+    """
+
+    steps: Steps = 20
+    rel_step: RelStep = 0.25
+    random_start: RandomStart = True
+    loss: Annotated[Literal["ce", "margin"], Field(description="loss to be maximised")] = "ce"
+
+    norms: ClassVar[frozenset[str]] = frozenset(NORMS)
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "native"
+    family: ClassVar[str] = "pgd"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        loss = _LOSSES[self.loss]
+        with frozen(classifier):
+            return ascend(
+                lambda adversarial: loss(classifier(adversarial), labels),
+                images,
+                threat,
+                steps=self.steps,
+                rel_step=self.rel_step,
+                start="uniform" if self.random_start else "zero",
+                rng=rng,
+            )
+
+
+@component
+class Noise:
+    """Control: the worst of several random points, uniform in the ball and at its corners in turn.
+
+    Worst is the largest margin. An attack that is not better than this has found nothing by its gradient.
+    """
+
+    draws: Annotated[int, Field(ge=1, le=100_000, description="random points an image, half of them corners")] = 10
+
+    norms: ClassVar[frozenset[str]] = frozenset(NORMS)
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["control"]] = "control"
+    library: ClassVar[str] = "native"
+    family: ClassVar[str] = "noise"
+
+    @torch.no_grad()
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        worst, highest = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
+        with frozen(classifier):
+            for draw in range(self.draws if len(images) else 0):
+                point = (threat.random_corner if draw % 2 else threat.random_start)(images, rng)
+                value = margin(classifier(point), labels).to(highest)
+                higher = value > highest
+                highest = torch.where(higher, value, highest)
+                worst = torch.where(higher.view(-1, 1, 1, 1), point, worst)
+        return worst

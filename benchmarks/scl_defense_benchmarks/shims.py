@@ -1,0 +1,92 @@
+"""What a library is handed in place of the bare network, and what surrounds its Carlini-Wagner attack.
+
+Two faults make Carlini-Wagner (CW) report robustness that is not there:
+
+- torchattacks masks the own class by multiplying its logit with zero. Where all other logits are negative, that zero
+  wins the maximum and the loss is flat: with all logits shifted by -100 nothing is ever found.
+  :class:`PositiveLogits` shifts them above zero, which no softmax, margin or decision notices.
+- Both libraries optimise ``atanh(2x - 1)``. A pixel of exactly 0 or 1 sits where the slope of tanh is zero and never
+  moves: on black-and-white images nothing is ever found. :func:`off_the_walls` starts 1e-4 inside the box (1e-6 is
+  still too flat), :func:`smallest_success` brings pixels that did not move back to where they were.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from scl_defense.errors import UserError
+from scl_defense.guard import frozen
+from scl_defense.threat import ThreatModel
+
+WALL = 1e-4
+L2 = ThreatModel("l2", "0")  # for its distance only
+BOX = ThreatModel("linf", "1")  # its ball holds the whole box, so its projection is the box's
+
+
+def check_logits(output: object, count: int) -> Tensor:
+    """``output`` if it is one floating tensor (count, K) with K >= 2; raises :class:`UserError` otherwise."""
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"the network returns a {type(output).__name__}; an attack needs one tensor of logits (N, K): "
+            "wrap the network so that it returns the logits alone"
+        )
+    if output.dim() != 2 or len(output) != count or output.shape[1] < 2 or not output.is_floating_point():
+        raise UserError(
+            f"the network returns {output.dtype} {tuple(output.shape)} for {count} images; an attack needs floating "
+            f"point logits ({count}, K) with K >= 2 classes"
+        )
+    return output
+
+
+class LibraryNetwork(nn.Module):
+    """The network as a library sees it: float32 in (some convert to float64), one tensor of logits out.
+
+    It is no ``nn.Sequential`` (ART would call the layers one by one), and its first parameter is an empty one on
+    ``device`` (torchattacks asks the first parameter where to work, and there may be none).
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        super().__init__()
+        self.where = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return check_logits(self.network(images.float()), len(images))
+
+
+class PositiveLogits(LibraryNetwork):
+    """Logits ``z - min(z) + 1``: all at least 1, same softmax, same margins, same decision."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits - logits.amin(1, keepdim=True) + 1
+
+
+def off_the_walls(images: Tensor) -> Tensor:
+    """``images`` with every pixel at least 1e-4 from 0 and 1: where a tanh-space attack may start."""
+    return images.clamp(WALL, 1 - WALL)
+
+
+@torch.no_grad()
+def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, candidates: Iterable[Tensor]) -> Tensor:
+    """Per image the candidate nearest in L2 that ``classifier`` gets wrong; the image itself where none is.
+
+    Candidates, each (N, C, H, W), were made from :func:`off_the_walls` of the images. Each one is also tried with all
+    pixels that moved by less than that margin put back, so a pixel that the attack left alone ends exactly where it
+    was. A failure comes back as the untouched image and never 1e-4 beside it: it must be seen as one that moved
+    nothing.
+    """
+    best, nearest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
+    start = off_the_walls(images)
+    for candidate in candidates:
+        inside = BOX.project(images, candidate)
+        put_back = torch.where((inside - start).abs() < WALL, images, inside)
+        for example in (inside, put_back):
+            with frozen(classifier):
+                fooled = classifier(example).argmax(1) != labels
+            distance = L2.distance(images, example).to(nearest)
+            better = fooled & (distance < nearest)
+            nearest = torch.where(better, distance, nearest)
+            best = torch.where(better.view(-1, 1, 1, 1), example, best)
+    return best

@@ -1,0 +1,86 @@
+"""Any data set as NumPy archives: what most people can write in three lines."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from scl_defense.errors import UserError
+from scl_defense.types import Field, ImageArrays, component
+
+MAX_CLASSES = 100_000  # labels above are identifiers of something, not class numbers
+
+
+@component
+class Npz:
+    """A folder with ``train.npz`` and ``test.npz`` (keys ``images``, ``labels``), or one archive with
+    ``train_images``, ``train_labels``, ``test_images``, ``test_labels``; optional in each: ``classes``, the names.
+
+    images: (N, H, W, C) or (N, H, W), uint8. labels: (N,), integers. Without ``classes`` the classes are the numbers
+    up to the largest training label. Pickled (object) arrays are refused: they can run code.
+    """
+
+    path: Annotated[str, Field(min_length=1, description="folder with train.npz and test.npz, or one .npz file")]
+    flip: Annotated[bool, Field(description="whether a mirrored image keeps its label")] = False
+    budgets: ClassVar[Mapping[str, str]] = {"linf": "8/255", "l2": "0.5", "l1": "12"}
+
+    def load(self, split: str, root: Path) -> ImageArrays:
+        path = Path(self.path).expanduser()
+        path = path if path.exists() else root / path
+        if path.is_dir():
+            train, prefix = path / "train.npz", ""
+            archive = path / f"{split}.npz"
+        else:
+            train, prefix = path, f"{split}_"
+            archive = path
+        images, labels = _read(archive, [f"{prefix}images", f"{prefix}labels"])
+        (names,) = _read(archive, ["classes"], optional=True)
+        if names is None and train != archive:
+            (names,) = _read(train, ["classes"], optional=True)
+        if names is None:
+            all_labels = labels if split == "train" else _read(train, ["train_labels" if prefix else "labels"])[0]
+            names = np.arange(_class_count(train, all_labels))
+        return ImageArrays(images, labels, tuple(str(name) for name in np.ravel(names)))
+
+
+def _class_count(archive: Path, labels: np.ndarray) -> int:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.size == 0:
+        return 0  # the core says what is wrong with such labels
+    if labels.max() >= MAX_CLASSES:
+        raise UserError(
+            f"labels of '{archive}' run up to {labels.max()}; number the classes 0, 1, 2, ... or store their names as "
+            "'classes'"
+        )
+    return max(int(labels.max()) + 1, 0)
+
+
+def _read(archive: Path, keys: list[str], *, optional: bool = False) -> list[np.ndarray | None]:
+    """The arrays of these keys; a missing one is ``None`` if that is allowed."""
+    if not archive.is_file():
+        raise UserError(f"'{archive}' does not exist; an npz data set is train.npz and test.npz, or one .npz file")
+    try:
+        with np.load(archive, allow_pickle=False) as content:
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise UserError(f"'{archive}' holds a single array, not an archive; write it with numpy.savez")
+            for key in keys:
+                if key not in content and not optional:
+                    raise UserError(f"'{archive}' has no array '{key}'; it holds {', '.join(content.files) or 'none'}")
+            return [content.get(key) for key in keys]
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib, struct, numpy: each has its own for a damaged or foreign file
+        if "allow_pickle" in str(error) and _is_zip(archive):
+            raise UserError(
+                f"'{archive}' holds an object array, which could run code; store plain uint8 images and integer labels"
+            ) from None
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"'{archive}' is not a readable .npz archive ({type(error).__name__}: {text[:120]}); it may be cut short: "
+            "copy or write it again"
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"

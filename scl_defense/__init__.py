@@ -1,0 +1,53 @@
+"""scl-defense: attack-and-defense plugin toolkit for adversarial robustness through contrastive learning.
+
+``import scl_defense`` costs milliseconds: everything heavy is imported when first used.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from scl_defense.errors import ComponentError, SclDefenseError, UserError
+from scl_defense.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from scl_defense.checkpoint import load_classifier
+    from scl_defense.config import TrainConfig
+    from scl_defense.threat import ThreatModel
+    from scl_defense.train import train
+    from scl_defense_benchmarks.evaluate import benchmark
+
+try:
+    __version__ = version("scl-defense")
+except PackageNotFoundError:  # a bare source tree
+    __version__ = "0.0.0"
+
+# The public Python API: name -> the module that holds it. The benchmark layer is named, never imported, here.
+_LAZY = {
+    "ThreatModel": "scl_defense.threat",
+    "TrainConfig": "scl_defense.config",
+    "benchmark": "scl_defense_benchmarks.evaluate",
+    "load_classifier": "scl_defense.checkpoint",
+    "train": "scl_defense.train",
+}
+
+__all__ = [
+    "ComponentError",
+    "SclDefenseError",
+    "ThreatModel",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "benchmark",
+    "hookimpl",
+    "load_classifier",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'scl_defense' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value  # also shadows the submodule of the same name (scl_defense.train)
+    return value

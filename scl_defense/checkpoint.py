@@ -1,0 +1,205 @@
+"""Checkpoints: plain data and tensors only, written atomically, checked before they are believed.
+
+A checkpoint of this project is a zip written by ``torch.save`` that ``torch.load(weights_only=True)`` reads: tensors,
+dicts, lists, strings and numbers. Nothing in it is code.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scl_defense.config import make
+from scl_defense.errors import ComponentError, UserError
+from scl_defense.models import Network
+from scl_defense.plugins import PluginHost, default_host
+from scl_defense.threat import ThreatModel
+
+FORMAT = "scl-defense-checkpoint/1"
+_REQUIRED = ("network", "model", "model_options", "classes", "image_shape", "mean", "std", "threat", "config", "plugins")
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A trained classifier and what its file says of it. ``network``: images in [0, 1] -> logits, in eval mode."""
+
+    network: nn.Module
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    threat: ThreatModel | None
+    data: str | None
+    data_options: Mapping[str, Any]
+    path: Path
+    sha256: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def atomic_write_bytes(path: str | Path, payload: bytes) -> None:
+    """Write a file so that its name holds either the old or the whole new content, also after a crash.
+
+    Raises :class:`UserError` naming the path when the disk or the permissions say no; the old file is kept.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)  # the umask is the user's
+        with open(descriptor, "wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # directories cannot be synced everywhere
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except OSError as error:
+        raise UserError(
+            f"cannot write '{path}' ({len(payload)} bytes): {error.strerror}; what was there before is kept"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically. ``content``: plain data and tensors; the format's name is added."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    payload = buffer.getvalue()
+    # What cannot be read back under weights_only must never be written: found here, not when it is needed.
+    torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    atomic_write_bytes(path, payload)
+
+
+def read_tensors(path: str | Path) -> tuple[Any, str]:
+    """Any torch file's plain content and the file's sha256, without running code from it.
+
+    Raises :class:`UserError` with one line saying what the file is when it cannot be read safely.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"'{path}' is a directory, not a checkpoint; give the file, for example {path / 'best.pt'}")
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"checkpoint '{path}' cannot be read: {error.strerror}") from None
+    fault = _fault_of(payload)
+    if fault:
+        raise UserError(f"'{path}' is not a readable checkpoint: {fault}")
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(payload))
+        if foreign:
+            names = ", ".join(sorted(foreign)[:5])
+            raise UserError(f"'{path}' would run code when loaded (it names {names}); only plain tensors are accepted")
+        content = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+    except UserError:
+        raise
+    except Exception as error:
+        # torch's own text recommends loading unsafely; that advice must not reach the user.
+        raise UserError(f"'{path}' is not a readable checkpoint: its content is damaged ({type(error).__name__})") from None
+    return content, hashlib.sha256(payload).hexdigest()
+
+
+def _fault_of(payload: bytes) -> str | None:
+    if not payload:
+        return "the file is empty (0 bytes)"
+    if payload.lstrip()[:1] == b"<":
+        return f"it looks like an HTML page ({len(payload)} bytes): did a download fail?"
+    if payload[:2] != b"PK":
+        return "it is no zip file as torch.save writes them; is it a checkpoint at all?"
+    try:
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
+        return f"it is truncated or damaged ({len(payload)} bytes); copy it again"
+    return f"its part '{bad}' is damaged (wrong checksum); copy it again" if bad else None
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The content of a checkpoint of this project and its sha256. Raises :class:`UserError` for any other file."""
+    content, sha256 = read_tensors(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise UserError(f"'{path}' was not written by scl-defense: it has no 'format' entry")
+    if content["format"] != FORMAT:
+        raise UserError(f"'{path}' has format {content['format']!r}; this version reads {FORMAT}")
+    missing = [name for name in _REQUIRED if name not in content]
+    if missing:
+        raise UserError(f"checkpoint '{path}' lacks {', '.join(missing)}")
+    return content, sha256
+
+
+def load_classifier(
+    path: str | Path,
+    *,
+    host: PluginHost | None = None,
+    device: torch.device | str = "cpu",
+    options: Mapping[str, Any] | None = None,
+) -> LoadedClassifier:
+    """Rebuild the classifier of a checkpoint, in eval mode, every parameter accounted for.
+
+    A file that this project did not write is offered to the plugins' ``load_checkpoint`` hooks with ``options``.
+    Raises :class:`UserError` when the file is damaged, nobody can read it, or a needed plugin is missing.
+    """
+    path, host = Path(path), host or default_host()
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist")
+    try:
+        content, sha256 = read(path)
+    except UserError as error:
+        loaded = host.call("load_checkpoint", path=path, options=dict(options or {})) if path.is_file() else None
+        if loaded is None:
+            raise error
+        loaded.network.to(device).eval()
+        return loaded
+    config = json.loads(content["config"])
+    try:
+        model = make(host, "model", content["model"], content["model_options"])
+    except UserError as error:
+        origin = next((p["distribution"] for p in content["plugins"] if p["plugin"] == content.get("model_owner")), None)
+        raise UserError(f"checkpoint '{path}' needs {error}" + (f"; it came from {origin}" if origin else "")) from None
+    network = Network(model(tuple(content["image_shape"])), len(content["classes"]), content["mean"], content["std"])
+    state = {
+        name: value
+        for name, value in content["network"].items()
+        if name.partition(".")[0] in ("normalize", "encoder", "classifier")
+    }
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in '{path}' do not fit its model: {' '.join(str(error).split())[:300]}") from None
+    return LoadedClassifier(
+        network=network.to(device).eval(),
+        classes=tuple(content["classes"]),
+        image_shape=tuple(content["image_shape"]),
+        mean=tuple(content["mean"]),
+        std=tuple(content["std"]),
+        threat=ThreatModel.parse(content["threat"]),
+        data=config.get("data"),
+        data_options=config.get("data_options", {}),
+        path=path,
+        sha256=sha256,
+        meta={name: value for name, value in content.items() if name not in ("network", "optimizer", "twin")}
+        | {"config": config},
+    )
+
+
+def provenance_of(host: PluginHost, kind: str, name: str) -> str:
+    """The plugin that owns a component, as recorded in ``plugins`` of a checkpoint."""
+    owner = host[kind].entry(name).owner
+    for plugin, known in host.loaded.items():
+        if known == owner:
+            return plugin
+    raise ComponentError(f"{kind} '{name}' has no loaded owner")

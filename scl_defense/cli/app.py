@@ -1,0 +1,107 @@
+"""The group, its lazily imported commands, and the one place where errors become lines and exit codes."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from scl_defense.errors import SclDefenseError
+
+# command -> (module, one-line help). A command's module is imported when it runs, not for --help.
+COMMANDS = {
+    "train": ("scl_defense.cli.train", "Train a network with adversarial examples among its positives."),
+    "benchmark": ("scl_defense.cli.benchmark", "Attack a trained checkpoint and report what can be trusted."),
+    "plugins": ("scl_defense.cli.plugins", "What is installed and from where; the contract test."),
+    "info": ("scl_defense.cli.info", "What a checkpoint holds."),
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name; imports one when it is asked for. Plugins' commands are added the same moment."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*COMMANDS, *self._with_plugins().commands})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in COMMANDS:
+            return import_module(COMMANDS[name][0]).command
+        return self._with_plugins().commands.get(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = self._with_plugins().commands
+        rows = [(name, COMMANDS[name][1] if name in COMMANDS else commands[name].get_short_help_str(60))
+                for name in self.list_commands(ctx)]  # fmt: skip
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _with_plugins(self) -> "LazyGroup":
+        if not self.__dict__.setdefault("_asked", False):
+            self.__dict__["_asked"] = True
+            from scl_defense.plugins import default_host
+
+            default_host().register_commands(self)
+        return self
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from scl_defense import __version__
+
+        click.echo(f"scl-defense {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Adversarial robustness through contrastive learning: train, attack, and say which numbers hold.
+
+    \b
+    scl-defense train --generator contrastive-pgd
+    scl-defense benchmark runs/RUN/best.pt --attacks fgsm,pgd,cw
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130/143 stopped by a signal."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; errors are one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        result: Any = cli.main(args=arguments, prog_name="scl-defense", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except click.ClickException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "scl-defense")
+        return _fail(error.format_message().replace("\n", " "), 2, debug, f" (see: {command} --help)")
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped", 130, debug)
+    except SclDefenseError as error:
+        return _fail(" ".join(str(error).split()), error.exit_code, debug)
+    except BrokenPipeError:  # the reader of a pipe has gone: `... | head`
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        return _fail(
+            f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (this is a bug or a broken component; "
+            "--debug shows where)",
+            1,
+            debug,
+        )
+
+
+def _fail(message: str, code: int, debug: bool, hint: str = "") -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"error: {message}{hint}", err=True)
+    return code

@@ -1,0 +1,131 @@
+"""``scl-defense plugins``: what is installed and from where; the options of one component; the contract test."""
+
+from typing import Any
+
+import click
+
+from scl_defense.cli import common
+from scl_defense.errors import UserError, nearest
+from scl_defense.plugins import PluginHost
+from scl_defense.registry import KINDS, Entry
+
+
+@click.group("plugins")
+def command() -> None:
+    """What is installed and from where, what failed and why; the contract test."""
+
+
+@command.command("list")
+@click.argument("name", required=False)
+@common.plugin_option
+@common.json_option
+def list_(name: str | None, plugins: tuple[str, ...], as_json: bool) -> None:
+    """List everything, one kind (generators, trainers, attacks, models, datasets, loggers), or one component's options."""
+    host = common.host_for(plugins)
+    kinds = [kind for kind in KINDS if name in (None, kind, f"{kind}s")]
+    if kinds:
+        _show_all(host, kinds, as_json, whole=name is None)
+        return
+    entries = _find(host, str(name))
+    if as_json:
+        common.print_json([_described(entry) for entry in entries])
+        return
+    for entry in entries:
+        _show_one(_described(entry))
+
+
+@command.command("check")
+@click.argument("name")
+@common.plugin_option
+@common.json_option
+def check(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
+    """Run the contract test on a component: the same checks that the built-ins pass."""
+    host = common.host_for(plugins)
+    entries = _find(host, name)
+    from scl_defense.testing import check_entry
+
+    reports = [result for entry in entries for result in check_entry(entry)]
+    if as_json:
+        common.print_json([{"component": r.component, "check": r.check, "passed": r.passed, "message": r.message} for r in reports])
+    else:
+        for report in reports:
+            click.echo(f"{'pass' if report.passed else 'FAIL'}  {report.component}  {report.check}"
+                       + (f": {report.message}" if report.message else ""))  # fmt: skip
+        failed = sum(not report.passed for report in reports)
+        click.echo(f"{len(reports)} checks, {failed} failed")
+    if any(not report.passed for report in reports):
+        raise click.exceptions.Exit(1)
+
+
+def _find(host: PluginHost, name: str) -> list[Entry]:
+    """Entries of this name in any kind; ``kind:name`` and ``distribution:name`` narrow it."""
+    kind, _, bare = name.partition(":")
+    if kind in KINDS and bare in host[kind]:
+        return [host[kind].entry(bare)]
+    found = [entry for kind in KINDS for entry in host[kind] if name in (entry.name, entry.qualified)]
+    if not found:
+        every = {entry.name for kind in KINDS for entry in host[kind]}
+        raise UserError(f"no component is named '{name}'{nearest(name, every)} (see: scl-defense plugins list)")
+    return found
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    from scl_defense.config import options_of
+
+    cls = entry.load()
+    row = _row(entry)
+    row["documentation"] = (cls.__doc__ or "").strip()
+    row["options"] = [
+        {"name": o.name, "type": o.type, "default": o.default, "description": o.description} for o in options_of(cls)
+    ]
+    return row
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {"kind": entry.kind, "name": entry.name, "summary": entry.summary, "distribution": entry.owner.name,
+            "version": entry.owner.version, "source": entry.owner.source}  # fmt: skip
+
+
+def _show_all(host: PluginHost, kinds: list[str], as_json: bool, whole: bool) -> None:
+    rows = [_row(entry) for kind in kinds for entry in host[kind]]
+    conflicts = {name: found for kind in kinds for name, found in host[kind].conflicts().items()}
+    if as_json:
+        aside = [{"plugin": q.plugin, "distribution": q.owner.name, "version": q.owner.version, "reason": q.reason}
+                 for q in host.quarantined]  # fmt: skip
+        common.print_json({"plugins": host.provenance(), "components": rows, "quarantined": aside, "conflicts": sorted(conflicts)})
+        return
+    console = common.console()
+    from rich.table import Table
+
+    width = max((len(row["name"]) for row in rows), default=0)
+    for kind in kinds:
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 2), title=f"{kind}s", title_justify="left")
+        table.add_column(no_wrap=True, min_width=width)
+        table.add_column()
+        for entry in host[kind]:
+            mark = "" if entry.owner.name == "scl-defense" else f" [{entry.owner}]"
+            table.add_row(entry.name, _plain(entry.summary + mark))
+        console.print(table)
+    if whole:
+        console.print("plugins: " + ", ".join(f"{name} ({owner})" for name, owner in sorted(host.loaded.items())), markup=False)
+    for name, found in conflicts.items():
+        owners = " and ".join(str(entry.owner) for entry in found)
+        console.print(f"conflict: '{name}' is registered by {owners}; write {found[0].qualified} or {found[1].qualified}", markup=False)
+    for q in host.quarantined:
+        console.print(f"set aside: {q.plugin} ({q.owner}): {q.reason}", markup=False)
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _show_one(row: dict[str, Any]) -> None:
+    click.echo(f"{row['kind']} {row['name']}, from {row['distribution']} {row['version']}")
+    click.echo(f"  {row['documentation']}")
+    if not row["options"]:
+        click.echo("  no options")
+    for option in row["options"]:
+        click.echo(f"  {option['name']} ({option['type']}) [default: {option['default']}]  {option['description']}")
+    click.echo()

@@ -1,0 +1,57 @@
+"""Progress on stderr: a bar on a terminal, one line an epoch elsewhere."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from scl_defense.cli import common
+
+
+class TrainProgress:
+    """Told of every step and epoch of a training run."""
+
+    def __init__(self, quiet: bool):
+        self._quiet, self._bar, self._task, self._rate = quiet, None, None, 0.0
+        self._console = common.console(stderr=True)
+
+    def __enter__(self) -> "TrainProgress":
+        if not self._quiet and self._console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=None),
+                TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            self._step(event)
+        elif not self._quiet:
+            width = len(str(event["epochs"]))
+            self._console.print(
+                f"epoch {event['epoch'] + 1:>{width}}/{event['epochs']}  loss {event['loss']:.3f}  "
+                f"val clean {event['val_clean']:.1%} robust {event['val_robust']:.1%}  {self._rate:.0f} img/s  "
+                f"{common.duration(event['seconds'])}",
+                soft_wrap=True,
+            )
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        self._rate = event["images_per_s"] if not self._rate else 0.9 * self._rate + 0.1 * event["images_per_s"]
+        if self._bar is None:
+            return
+        total, done = event["epochs"] * event["steps"], event["epoch"] * event["steps"] + event["step"]
+        shown = {"epoch": f"{event['epoch'] + 1}/{event['epochs']}", "loss": f"{event['loss']:.3f}", "rate": f"{self._rate:.0f}"}
+        if self._task is None:
+            self._task = self._bar.add_task("train", total=total, completed=done, **shown)
+        else:
+            self._bar.update(self._task, completed=done, **shown)

@@ -1,0 +1,66 @@
+"""Calling a generator: it gets what it declared and nothing else, and what it returns is checked on every batch."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scl_defense.errors import ComponentError
+from scl_defense.guard import frozen
+from scl_defense.models import Network
+from scl_defense.threat import ThreatModel
+from scl_defense.types import NEEDS, Batch, Context, Generator, with_labels_hidden
+
+
+def generate(
+    generator: Generator, batch: Batch, context: Context, *, network: Network | None, encoder: Network | None = None
+) -> Tensor:
+    """(A, N, C, H, W) adversarial views of ``batch``, detached.
+
+    ``network`` (or its averaged twin ``encoder``, for ``embed``) is frozen and in eval mode meanwhile and comes back
+    unchanged. With ``needs`` empty no network is handed over: *model-free* is what this function does, not what a
+    component claims. Raises :class:`ComponentError` when an undeclared thing is used or the output breaks the contract.
+    """
+    needs = frozenset(generator.needs)
+    if needs - NEEDS:
+        raise ComponentError(f"{context.generator} needs {sorted(needs - NEEDS)}; it may need {sorted(NEEDS)}")
+    granted: dict[str, Any] = {"labels": batch.labels}
+    lent: list[nn.Module] = []
+    if needs & {"embed", "logits"}:
+        if network is None:
+            raise ComponentError(f"{context.generator} needs {sorted(needs)} but there is no network")
+        encoder = network if encoder is None else encoder
+        granted |= {"embed": _float32(encoder.embed), "logits": _float32(network.logits)}
+        lent = [network, encoder]
+    context = replace(context, granted={need: granted[need] for need in needs})
+    with frozen(*lent):
+        adversarial = generator(with_labels_hidden(batch), context)
+    return check_adversarial(adversarial, batch.views, context.threat, context.generator)
+
+
+def _float32(forward: Any) -> Any:
+    return lambda images: forward(images).float()  # under autocast the heads answer in bfloat16
+
+
+def check_adversarial(adversarial: Any, views: Tensor, threat: ThreatModel, who: str) -> Tensor:
+    """The contract of a generator's output, on every batch. Raises :class:`ComponentError` with the measured fault."""
+    if not isinstance(adversarial, Tensor) or adversarial.dim() != views.dim() or adversarial.shape[1:] != views.shape[1:]:
+        got = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
+        raise ComponentError(f"{who} must return (A, {', '.join(map(str, views.shape[1:]))}), not {got}")
+    if len(adversarial) > len(views):
+        raise ComponentError(f"{who} returned {len(adversarial)} adversarial views of {len(views)} views")
+    if adversarial.dtype != views.dtype or adversarial.device != views.device:
+        raise ComponentError(f"{who} returned {adversarial.dtype} on {adversarial.device}, not {views.dtype} on {views.device}")
+    adversarial = adversarial.detach()
+    if len(adversarial) == 0:
+        return adversarial
+    flat, origin = adversarial.flatten(0, 1), views[: len(adversarial)].flatten(0, 1)
+    if not bool(torch.isfinite(flat).all()):
+        raise ComponentError(f"{who} returned NaN or infinite images")
+    if bool(flat.min() < 0) or bool(flat.max() > 1):
+        raise ComponentError(f"{who} left the box [0, 1]: from {float(flat.min()):.6g} to {float(flat.max()):.6g}")
+    furthest = float(threat.distance(origin, flat).max())
+    if furthest > threat.tolerance():
+        raise ComponentError(f"{who} left the ball {threat}: distance {furthest:.6g}, allowed {threat.radius:.6g}")
+    return adversarial

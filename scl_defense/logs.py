@@ -1,0 +1,70 @@
+"""The run's folder, its lock, and the fan-out of training records to the loggers."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from scl_defense.errors import UserError
+from scl_defense.types import Logger, LogWriter
+
+
+def new_run_dir(out: str | Path, name: str | None, default: str) -> Path:
+    """Make ``out/name``, refusing one that exists; without a name ``out/default``, numbered when taken."""
+    base = Path(out)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            try:
+                (base / name).mkdir()
+            except FileExistsError:
+                raise UserError(
+                    f"run '{base / name}' exists; choose another --name, or go on with --resume {base / name}"
+                ) from None
+            return base / name
+        for number in range(1, 100_000):
+            path = base / (default if number == 1 else f"{default}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise UserError(f"cannot make a run in '{base}': {error.strerror}; choose another --out") from None
+    raise UserError(f"'{base}' holds too many runs named '{default}'; choose a --name")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """One process a run. Raises :class:`UserError` naming the holder when another one has it."""
+    lock = FileLock(run_dir / ".lock")
+    holder = run_dir / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text().strip() if holder.exists() else "another process"
+        raise UserError(f"run '{run_dir}' is in use by {who}; wait for it or stop it") from None
+    except OSError as error:
+        raise UserError(f"cannot write in '{run_dir}': {error.strerror}") from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+class RunLog:
+    """All opened loggers as one."""
+
+    def __init__(self, loggers: Sequence[Logger], run_dir: Path, config: Mapping[str, Any], epoch: int):
+        self._writers: list[LogWriter] = [logger(run_dir, config, epoch) for logger in loggers]
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            writer.log(record)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()

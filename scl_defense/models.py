@@ -1,0 +1,102 @@
+"""The network every trainer trains: normalisation -> encoder -> projector (contrastive) and classifier (logits)."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scl_defense.errors import ComponentError
+
+
+class Normalize(nn.Module):
+    """(images - mean) / std per channel, as the first layer; mean and std travel in the state dict."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        if len(mean) != len(std) or any(not value > 0 for value in std):
+            raise ComponentError(f"normalisation needs as many stds > 0 as means, not mean={mean} std={std}")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """Encoder and heads. ``network(images)`` gives the logits, so a network is also the classifier to be attacked.
+
+    encoder: (N, C, H, W) -> (N, D), with ``feature_dim`` = D. projection: ``(hidden, ..., out)`` widths of the MLP
+    that the contrastive loss sees, or ``()`` for none (then ``embed`` gives the features).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        projection: Sequence[int] = (),
+    ):
+        super().__init__()
+        width = getattr(encoder, "feature_dim", None)
+        if not isinstance(width, int) or width < 1:
+            raise ComponentError(f"encoder {type(encoder).__name__} has no feature_dim (a positive integer)")
+        self.normalize = Normalize(mean, std)
+        self.encoder = encoder
+        layers: list[nn.Module] = []
+        for size in projection:
+            layers += [nn.Linear(width if not layers else layers[-2].out_features, size), nn.ReLU()]
+        self.projector = nn.Sequential(*layers[:-1])  # no ReLU after the last; empty: the identity
+        self.classifier = nn.Linear(width, num_classes)
+
+    @property
+    def num_classes(self) -> int:
+        return self.classifier.out_features
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> (N, D)."""
+        return self.encoder(self.normalize(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> the space of the contrastive loss, not normalised."""
+        return self.projector(self.features(images))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> (N, K)."""
+        return self.classifier(self.features(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images)
+
+
+class Twin:
+    """A weight-averaged copy of a network (mean teacher; Tarvainen & Valpola 2017) with batch statistics of its own.
+
+    The momentum is warmed up, ``min(momentum, (1 + t) / (10 + t))``: in a short run a fixed 0.99 would leave the
+    twin near its random start. Its batch-norm buffers are not averaged: they are measured by its own forward passes.
+    """
+
+    def __init__(self, network: Network, momentum: float):
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.momentum = momentum
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, network: Network, images: Tensor) -> None:
+        """After an optimizer step: average the weights, then see ``images`` (N, C, H, W) once in train mode."""
+        momentum = min(self.momentum, (1 + self.updates) / (10 + self.updates))
+        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
+            mine.lerp_(theirs.detach(), 1 - momentum)
+        self.updates += 1
+        self.network.train()
+        self.network.embed(images)
+        self.network.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.network.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.updates = state["updates"]

@@ -1,0 +1,227 @@
+"""Threat models: the one home of norms, balls, projections, random starts and steepest steps.
+
+Nobody outside this module clamps an adversarial image. All images are float tensors (N, C, H, W) in [0, 1].
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from scl_defense.errors import UserError
+
+NORMS = ("linf", "l2", "l1")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:/\d+(?:\.\d+)?)?", re.ASCII)
+# Share of coordinates that one steepest L1 step moves (SLIDE, Tramer & Boneh 2019: the top 1 % of the gradient).
+L1_SHARE = 0.01
+
+
+def parse_eps(text: str | float | int) -> Fraction:
+    """``"8/255"``, ``"0.1"`` or a number as an exact fraction. Raises :class:`UserError` unless finite and >= 0."""
+    written = str(text).strip()
+    if not _NUMBER.fullmatch(written):
+        raise UserError(f"eps {written!r} is not a radius; it must be >= 0 and written like 8/255 or 0.1")
+    top, _, bottom = written.partition("/")
+    if bottom and Fraction(bottom) == 0:
+        raise UserError(f"eps {written!r} divides by zero; write it like 8/255 or 0.1")
+    value = Fraction(top) / Fraction(bottom or 1)
+    if value > 10**9:
+        raise UserError(f"eps {written!r} is too large; images lie in [0, 1], write it like 8/255 or 0.1")
+    return value
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A norm ball of radius ``eps`` around each image, within the box [0, 1].
+
+    ``norm`` is one of ``linf``, ``l2``, ``l1``; ``eps`` is kept as written (``"8/255"``) and compared as a number.
+    Raises :class:`UserError` for an unknown norm, a negative eps, or an Linf eps above 1 (the whole box).
+    """
+
+    norm: str
+    eps: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", str(self.norm).lower())
+        object.__setattr__(self, "eps", str(self.eps).strip())
+        if self.norm not in NORMS:
+            raise UserError(f"norm '{self.norm}' is unknown; it must be one of {', '.join(NORMS)}")
+        if parse_eps(self.eps) > 1 and self.norm == "linf":
+            raise UserError(
+                f"eps {self.eps} is larger than the whole range: images lie in [0, 1]; write 8/255 instead of 8"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "ThreatModel":
+        """``"linf:8/255"`` -> a threat model."""
+        norm, colon, eps = text.partition(":")
+        if not colon:
+            raise UserError(f"threat {text!r} must be written NORM:EPS, like linf:8/255")
+        return cls(norm, eps)
+
+    def __str__(self) -> str:
+        return f"{self.norm}:{self.eps}"
+
+    @property
+    def radius(self) -> float:
+        return float(parse_eps(self.eps))
+
+    # -- measuring
+
+    def distance(self, images: Tensor, adversarial: Tensor) -> Tensor:
+        """The norm of ``adversarial - images`` per image, (N,), computed in float64 where the device has it."""
+        delta = _wide(adversarial - images).flatten(1)
+        if self.norm == "linf":
+            return delta.abs().amax(1) if delta.shape[1] else delta.sum(1)
+        return delta.norm(p=2, dim=1) if self.norm == "l2" else delta.abs().sum(1)
+
+    def tolerance(self) -> float:
+        """Largest norm still counted as inside: float32 rounding of sums over many pixels is no violation."""
+        return self.radius * (1 + (1e-6 if self.norm == "linf" else 1e-5)) + 1e-6
+
+    def contains(self, images: Tensor, adversarial: Tensor) -> Tensor:
+        """(N,) bool: finite, inside the box, inside the ball (up to rounding)."""
+        flat = adversarial.flatten(1)
+        inside = torch.isfinite(flat).all(1) & (flat >= 0).all(1) & (flat <= 1).all(1)
+        return inside & (self.distance(images, adversarial) <= self.tolerance())
+
+    # -- moving
+
+    def project(self, images: Tensor, adversarial: Tensor) -> Tensor:
+        """The nearest point (Euclidean) to ``adversarial`` inside ball and box; exact for all three norms.
+
+        ``images`` must lie in the box. Linf: clamping. L2 and L1: the dual variable is found by sorting the
+        breakpoints of a piecewise quadratic or linear function (L1 with box: Croce & Hein 2021, Prop. 2.1).
+        """
+        radius = self.radius
+        if self.norm == "linf":
+            delta = (adversarial - images).clamp(-radius, radius)
+            return (images + delta).clamp(0, 1)
+        delta = _wide(adversarial - images).flatten(1)
+        origin = _wide(images).flatten(1)
+        size = delta.abs()
+        cap = torch.where(delta > 0, 1 - origin, origin).clamp(min=0)  # how far the box lets each coordinate go
+        moved = _shrink_l2(size, cap, radius) if self.norm == "l2" else _shrink_l1(size, cap, radius)
+        projected = (origin + delta.sign() * moved).to(images.dtype).view_as(images)
+        return projected.clamp(0, 1)
+
+    def random_start(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """A uniform point of the ball around each image, then projected into the box."""
+        radius, (count, size) = self.radius, images.flatten(1).shape
+        if self.norm == "linf":
+            delta = _uniform(images.shape, images, rng) * (2 * radius) - radius
+            return self.project(images, images + delta)
+        if self.norm == "l2":
+            direction = _normal((count, size), images, rng)
+            direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            length = _uniform((count, 1), images, rng) ** (1 / size)
+        else:  # d + 1 exponentials, the last one dropped: uniform in the L1 ball
+            raw = -torch.log(_uniform((count, size + 1), images, rng).clamp(min=1e-12))
+            direction = raw[:, :size] / raw.sum(1, keepdim=True)
+            direction = direction * (_uniform((count, size), images, rng) * 2 - 1).sign()
+            length = torch.ones((count, 1), dtype=images.dtype, device=images.device)
+        return self.project(images, images + (direction * length * radius).view_as(images))
+
+    def random_corner(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """A random extreme point of the ball: +-eps everywhere (Linf), a random direction at full length (L2, L1)."""
+        if self.norm == "linf":
+            return self.project(images, images + self.radius * (_uniform(images.shape, images, rng) * 2 - 1).sign())
+        return self.project(images, images + self.radius * self.random_direction(images, rng))
+
+    def random_direction(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """A random direction of norm 1 for each image."""
+        noise = _normal(images.shape, images, rng)
+        if self.norm == "linf":
+            return noise.sign()
+        length = noise.flatten(1).norm(p=1 if self.norm == "l1" else 2, dim=1).clamp(min=1e-12)
+        return noise / length.view(-1, 1, 1, 1)
+
+    def steepest(self, gradient: Tensor, adversarial: Tensor) -> Tensor:
+        """The direction of norm 1 along which a linear function with this gradient rises most.
+
+        Linf: the sign. L2: the normalised gradient. L1: the largest coordinates *that the box still lets move*,
+        equally weighted (a saturated coordinate chosen again and again is why boxed L1-PGD stalls elsewhere).
+        A zero gradient gives the zero direction.
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        flat = gradient.flatten(1)
+        if self.norm == "l2":
+            # Scaled first: the squares of tiny gradients underflow.
+            flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
+            return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)).view_as(gradient)
+        at = adversarial.flatten(1)
+        movable = torch.where(flat > 0, at < 1, at > 0)
+        size = flat.abs() * movable
+        count = max(1, math.ceil(L1_SHARE * flat.shape[1]))
+        top = size.topk(count, dim=1)
+        chosen = torch.zeros_like(size).scatter_(1, top.indices, (top.values > 0).to(size.dtype))
+        chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
+        return (flat.sign() * chosen).view_as(gradient)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.double() if values.device.type in ("cpu", "cuda") else values.float()
+
+
+def _uniform(shape: tuple[int, ...], like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=rng, device=rng.device, dtype=torch.float32).to(like.device, like.dtype)
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=rng, device=rng.device, dtype=torch.float32).to(like.device, like.dtype)
+
+
+def _shrink_l2(size: Tensor, cap: Tensor, radius: float) -> Tensor:
+    """min(s * size, cap) with the largest s <= 1 whose L2 norm is at most ``radius``; (N, D) each.
+
+    KKT of the projection: every coordinate is scaled by one s = 1 / (1 + lambda) and cut at its cap. The squared
+    norm g(s) is quadratic between the sorted breakpoints cap / size.
+    """
+    boxed = torch.minimum(size, cap)
+    outside = boxed.square().sum(1) > radius**2
+    if not outside.any():
+        return boxed
+    size, cap = size[outside], cap[outside]
+    ratio = torch.where(size > 0, cap / size.clamp(min=1e-300), torch.inf).clamp(max=1.0)
+    breaks, order = ratio.sort(dim=1)
+    squares, caps = size.square().gather(1, order), cap.square().gather(1, order)
+    free = squares.sum(1, keepdim=True) - squares.cumsum(1) + squares  # not yet cut below break k
+    cut = caps.cumsum(1) - caps
+    value_at_break = breaks.square() * free + cut
+    index = (value_at_break >= radius**2).to(torch.uint8).argmax(1, keepdim=True)  # first break at or past the radius
+    # Cancellation in the running sums must not make the radicand negative.
+    scale = ((radius**2 - cut.gather(1, index)).clamp(min=0) / free.gather(1, index).clamp(min=1e-300)).sqrt()
+    result = boxed.clone()
+    result[outside] = torch.minimum(scale.clamp(max=1.0) * size, cap)
+    return result
+
+
+def _shrink_l1(size: Tensor, cap: Tensor, radius: float) -> Tensor:
+    """clamp(size - lam, 0, cap) with the smallest lam >= 0 whose sum is at most ``radius``; (N, D) each.
+
+    The sum is piecewise linear in lam: its slope falls by one where a coordinate leaves its cap (size - cap) and
+    rises by one where it reaches zero (size).
+    """
+    boxed = torch.minimum(size, cap)
+    outside = boxed.sum(1) > radius
+    if not outside.any():
+        return boxed
+    size, cap = size[outside], cap[outside]
+    breaks = torch.cat([(size - cap).clamp(min=0), size], dim=1)
+    change = torch.cat([-torch.ones_like(size), torch.ones_like(size)], dim=1)
+    breaks, order = breaks.sort(dim=1, stable=True)
+    slope = change.gather(1, order).cumsum(1)
+    step = breaks.diff(dim=1, append=breaks[:, -1:])
+    start = torch.minimum(size, cap).sum(1, keepdim=True)
+    after = start + (slope * step).cumsum(1)  # the sum at the end of each interval
+    index = (after <= radius).to(torch.uint8).argmax(1, keepdim=True)
+    before = after.gather(1, index) - (slope * step).gather(1, index)
+    # slope is 0 only where the interval changes nothing, and such an interval is never the first to pass the radius.
+    lam = breaks.gather(1, index) + (before - radius) / (-slope.gather(1, index)).clamp(min=1)
+    result = boxed.clone()
+    result[outside] = torch.minimum((size - lam).clamp(min=0), cap)
+    return result

@@ -1,0 +1,322 @@
+"""The straight line of training: config -> data -> views -> generator -> adversarial -> trainer.step -> checkpoint.
+
+Read :func:`train`, then :class:`Run` from top to bottom. The loop calls the generator, so adversarial training and
+its relatives are only other (generator, trainer) pairs. Every random draw comes from a stream derived from (seed,
+purpose, epoch, step): a resumed run needs no hidden state and ends with exactly the same weights.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scl_defense import checkpoint, logs, probe
+from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config
+from scl_defense.data import Augment, Split, open_data, stratified_subset
+from scl_defense.errors import ComponentError, Interrupted, UserError
+from scl_defense.generation import generate
+from scl_defense.guard import global_random_state
+from scl_defense.models import Network, Twin
+from scl_defense.plugins import PluginHost, default_host
+from scl_defense.runtime import StopRequest, autocast, derive_seed, select_device, stop_on_signal, stream, versions
+from scl_defense.threat import ThreatModel
+from scl_defense.types import Batch, Context
+
+CALIBRATION = 256  # images that model-free generators may measure their feature space on
+PROBE_IMAGES = 5000  # a linear probe during training is fitted on at most so many images
+Event = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left behind. ``clean`` and ``robust``: validation accuracies of the best checkpoint."""
+
+    run_dir: Path
+    best: Path
+    last: Path
+    epochs: int
+    best_epoch: int
+    clean: float
+    robust: float
+    threat: ThreatModel
+    seconds: float
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes into the checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    resume: str | Path | None = None,
+    plugins: Sequence[str | Path] = (),
+    host: PluginHost | None = None,
+    on_event: Event | None = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> Any:
+    """Train one network; the command ``scl-defense train`` is this call.
+
+    Give a :class:`TrainConfig`, or its fields as keywords (``train(generator="pgd", epochs=5)``), or ``resume`` with
+    the folder of an interrupted run (its own recipe is used; nothing else may be given). Returns a
+    :class:`TrainResult`; with ``dry_run`` a dict with the plan and the estimated time, and nothing is written.
+    ``on_event`` is told of every step and epoch. SIGINT and SIGTERM save first and raise :class:`Interrupted`.
+    Raises :class:`UserError` for a wrong recipe, :class:`ComponentError` when a component breaks its contract.
+    """
+    host = host or default_host(plugins)
+    state = None
+    if resume is not None:
+        if config is not None or options:
+            raise UserError("--resume takes the run's own recipe; leave all other training options out")
+        run_dir, state = _read_run(Path(resume))
+        config = train_config(json.loads(state["config"]))
+    elif config is None:
+        config = train_config(options)
+    elif options:
+        raise UserError("give either a TrainConfig or keywords, not both")
+    with global_random_state():
+        run = Run(config, host, on_event or (lambda event: None))
+        if state is not None:
+            run.restore(state)
+        if dry_run:
+            return run.plan()
+        if state is None:
+            default = f"{config.trainer}-{config.generator}-{Path(config.data).stem}-s{config.seed}"
+            run_dir = logs.new_run_dir(config.out, config.name, "".join(c if c.isalnum() or c in "-_." else "-" for c in default))
+        with logs.locked(run_dir), stop_on_signal() as stop:
+            return run.run(run_dir, stop)
+
+
+class Run:
+    """One run, built in the order in which its parts depend on each other."""
+
+    def __init__(self, config: TrainConfig, host: PluginHost, on_event: Event):
+        self.config, self.host, self.on_event, self.progress = config, host, on_event, Progress()
+        # Names and options first: a misspelt one must not cost the reading of the data.
+        self.generator = make(host, "generator", config.generator, config.generator_options)
+        self.trainer = make(host, "trainer", config.trainer, config.trainer_options)
+        model = make(host, "model", config.model, config.model_options)
+        self.loggers = [make(host, "logger", name) for name in config.logger]
+        self.device = select_device(config.device)
+        self.data = open_data(config.data, root=config.data_root, options=config.data_options, host=host)
+        self.threat = ThreatModel(config.norm, config.eps or self.data.budgets[config.norm])
+        self.train_split = self.data.split("train", val_fraction=config.val_fraction, limit=config.limit, device=self.device)
+        self.val_split = self.data.split("val", val_fraction=config.val_fraction, limit=config.val_limit, device=self.device)
+        self.batch_size = min(config.batch_size, len(self.train_split))
+        self.steps = len(self.train_split) // self.batch_size  # the rest of each permutation waits for the next epoch
+        self.augment = Augment(config.augment, strength=config.strength, flip=self.data.flip, image_shape=self.data.image_shape)
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        encoder = model(self.data.image_shape)
+        self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.data.mean, self.data.std)
+        self.network.to(self.device)
+        momentum = getattr(self.generator, "ema", 0.0) if "embed" in self.generator.needs else 0.0
+        self.twin = Twin(self.network, momentum) if momentum else None
+        self.optimizer = _optimizer(self.network, config)
+        chosen = torch.randperm(len(self.train_split), generator=stream(config.seed, "calibration"))[:CALIBRATION]
+        self.calibration = self.train_split.float_images(chosen.to(self.device))
+        self.cache: dict[Any, Any] = {}
+
+    # -- the loop
+
+    def run(self, run_dir: Path, stop: StopRequest) -> TrainResult:
+        log = logs.RunLog(self.loggers, run_dir, as_dict(self.config), self.progress.epoch)
+        checkpoint.atomic_write_bytes(run_dir / "config.toml", to_toml(as_dict(self.config)).encode())
+        try:
+            while self.progress.epoch < self.config.epochs:
+                if not self.train_epoch(stop):
+                    self.save(run_dir / "last.pt")
+                    raise Interrupted(f"stopped and saved; go on with: scl-defense train --resume {run_dir}", stop.signum)
+                record = self.finish_epoch(run_dir)
+                log.log(record)
+                self.on_event({"event": "epoch", "epochs": self.config.epochs, **record})
+        finally:
+            log.close()
+        best = self.progress.best
+        return TrainResult(
+            run_dir, run_dir / "best.pt", run_dir / "last.pt", self.config.epochs, int(best["epoch"]), best["clean"],
+            best["robust"], self.threat, self.progress.seconds,
+        )  # fmt: skip
+
+    def train_epoch(self, stop: StopRequest) -> bool:
+        """The rest of the current epoch; False when a stop was asked for (the progress then says where)."""
+        progress, epoch = self.progress, self.progress.epoch
+        order = torch.randperm(len(self.train_split), generator=stream(self.config.seed, "order", epoch))
+        self.network.train()
+        while progress.step < self.steps:
+            started = time.perf_counter()
+            chosen = order[progress.step * self.batch_size : (progress.step + 1) * self.batch_size].to(self.device)
+            for name, value in self.train_step(chosen, epoch, progress.step).items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+            progress.step += 1
+            progress.seconds += time.perf_counter() - started
+            self.on_event({"event": "step", "epoch": epoch, "epochs": self.config.epochs, "step": progress.step,
+                           "steps": self.steps, "loss": progress.sums["loss"] / progress.step,
+                           "images_per_s": self.batch_size / (time.perf_counter() - started)})  # fmt: skip
+            if stop:
+                return False
+        return True
+
+    def train_step(self, chosen: Tensor, epoch: int, step: int) -> dict[str, float]:
+        """images -> views -> adversarial -> loss -> backward -> optimizer."""
+        seed = self.config.seed
+        torch.manual_seed(derive_seed(seed, "network", epoch, step))  # dropout, if the model has any
+        images = self.train_split.float_images(chosen)
+        views = torch.stack(
+            [self.augment(images, stream(seed, "augment", epoch, step, view)) for view in range(self.trainer.views)]
+        )
+        batch = Batch(views, self.train_split.labels[chosen], images, self.train_split.indices[chosen])
+        adversarial = self.generate(batch, epoch, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.peak_lr * self.schedule(epoch * self.steps + step)
+        with autocast(self.device, self.config.precision):
+            output = self.trainer.step(self.network, batch, adversarial)
+        loss = float(output.loss.detach())
+        if not math.isfinite(loss):
+            raise ComponentError(
+                f"the loss of trainer '{self.config.trainer}' is {loss} at epoch {epoch}, step {step}; "
+                f"the last checkpoint is kept; try a lower --lr than {self.config.peak_lr:g}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        self.optimizer.step()
+        if self.twin is not None:
+            self.twin.update(self.network, views[0])
+        return {"loss": loss, **{name: float(value) for name, value in output.metrics.items()}}
+
+    def generate(self, batch: Batch, epoch: int, step: int) -> Tensor:
+        """(A, N, C, H, W) adversarial views, made with what the generator declared and checked on every batch."""
+        on_device = self.device if self.device.type == "cuda" else "cpu"
+        context = Context(
+            threat=self.threat,
+            rng=stream(self.config.seed, "generator", epoch, step, device=on_device),
+            calibration=self.calibration,
+            epoch=epoch,
+            step=step,
+            cache=self.cache,
+            streams=lambda purpose, *counters: stream(self.config.seed, f"generator {purpose}", *counters),
+            generator=f"generator '{self.config.generator}'",
+        )
+        encoder = self.network if self.twin is None else self.twin.network
+        with autocast(self.device, self.config.precision):
+            return generate(self.generator, batch, context, network=self.network, encoder=encoder)
+
+    def finish_epoch(self, run_dir: Path) -> dict[str, Any]:
+        """Validate, keep the best checkpoint by robust accuracy (then clean), save the last one."""
+        progress, epoch = self.progress, self.progress.epoch
+        started = time.perf_counter()
+        if self.trainer.head == "probe":
+            probe.fit_probe(self.network, self.probe_split())
+        clean, robust = probe.accuracy(
+            self.network, self.val_split, self.threat, steps=self.config.val_steps, rng=stream(self.config.seed, "val", epoch)
+        )
+        record = {name: value / self.steps for name, value in progress.sums.items()}
+        better = not progress.best or (robust, clean) > (progress.best["robust"], progress.best["clean"])
+        if better:
+            progress.best = {"epoch": epoch, "clean": clean, "robust": robust}
+        progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
+        progress.seconds += time.perf_counter() - started
+        if better:
+            self.save(run_dir / "best.pt")
+        self.save(run_dir / "last.pt")
+        return {"epoch": epoch, **record, "val_clean": clean, "val_robust": robust, "seconds": round(progress.seconds, 3),
+                "lr": self.optimizer.param_groups[0]["lr"]}  # fmt: skip
+
+    def probe_split(self) -> Split:
+        split = self.train_split
+        chosen = torch.from_numpy(stratified_subset(split.labels, min(len(split), PROBE_IMAGES), seed=0)).to(self.device)
+        return Split(split.images[chosen], split.labels[chosen], split.indices[chosen])
+
+    def schedule(self, index: int) -> float:
+        """Share of the peak learning rate: linear warm-up, then half a cosine to zero."""
+        total = self.config.epochs * self.steps
+        warm = self.config.warmup * total
+        if index < warm:
+            return (index + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * (index - warm) / max(total - warm, 1)))
+
+    # -- saving and restoring
+
+    def save(self, path: Path) -> None:
+        c, p = self.config, self.progress
+        content = {
+            "network": self.network.state_dict(), "model": c.model, "model_options": dict(c.model_options),
+            "model_owner": checkpoint.provenance_of(self.host, "model", c.model),
+            "classes": list(self.data.classes), "image_shape": list(self.data.image_shape),
+            "mean": list(self.data.mean), "std": list(self.data.std), "threat": str(self.threat),
+            "data": json.dumps(self.data.provenance), "data_sha256": self.data.fingerprint("train"),
+            "config": json.dumps(as_dict(c)), "generator": repr(self.generator), "trainer": repr(self.trainer),
+            "plugins": self.host.provenance(), "versions": versions(), "optimizer": self.optimizer.state_dict(),
+            "twin": self.twin.state_dict() if self.twin else None, "random": {"seed": c.seed, "scheme": "derived"},
+            "epoch": p.epoch, "step": p.step, "sums": p.sums, "best": p.best, "seconds": p.seconds,
+        }  # fmt: skip
+        checkpoint.save(path, content)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state["data_sha256"] != self.data.fingerprint("train"):
+            raise UserError(f"data '{self.config.data}' is not what this run began with; restore it or start a new run")
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.twin is not None:
+            self.twin.load_state_dict(state["twin"])
+        self.progress = Progress(state["epoch"], state["step"], dict(state["sums"]), dict(state["best"]), state["seconds"])
+
+    def plan(self) -> dict[str, Any]:
+        """Two real steps (the first one warms up), timed on the second; nothing is kept or written."""
+        self.network.train()
+        for _ in range(2):
+            started = time.perf_counter()
+            self.train_step(torch.arange(self.batch_size, device=self.device), 0, 0)
+            seconds = time.perf_counter() - started
+        return {
+            "train_images": len(self.train_split), "val_images": len(self.val_split), "classes": self.data.num_classes,
+            "image_shape": list(self.data.image_shape), "threat": str(self.threat), "device": str(self.device),
+            "parameters": sum(p.numel() for p in self.network.parameters()), "steps": self.steps * self.config.epochs,
+            "seconds_per_step": seconds, "estimated_seconds": seconds * self.steps * self.config.epochs,
+            "config": as_dict(self.config),
+        }  # fmt: skip
+
+
+def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=config.peak_lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        network.parameters(), lr=config.peak_lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+    )
+
+
+def _read_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:
+    path = run_dir / "last.pt" if run_dir.is_dir() else run_dir
+    if not path.exists():
+        raise UserError(f"there is nothing to resume in '{run_dir}': {path.name} is missing; start the run again")
+    content, _ = checkpoint.read(path)
+    if content["epoch"] >= json.loads(content["config"])["epochs"]:
+        raise UserError(f"run '{path.parent}' is finished: all {content['epoch']} epochs are done; benchmark {path.parent / 'best.pt'}")
+    return path.parent, content
+
+
+class _CallableModule(ModuleType):
+    """Importing this module sets ``scl_defense.train`` to it; so that name stays the function it is documented to be."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return train(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,66 @@
+"""What holds for every test: no network but the loopback, no settings of the developer's shell, repeatable properties."""
+
+import ipaddress
+import os
+import socket
+
+import pytest
+from hypothesis import settings
+
+# Repeatable in CI; HYPOTHESIS_PROFILE=search looks for new examples.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Nothing listens on the discard port of the loopback: a child process that honours proxies gets nowhere either.
+_DEAD_PROXY = "http://127.0.0.1:9"
+_PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
+
+
+class NetworkBlocked(OSError):
+    """A test tried to leave this machine. An ``OSError``, so that code under test sees what an offline machine gives."""
+
+
+def _is_loopback(host: object) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host)
+    if name in ("", "localhost", "None"):
+        return True
+    try:
+        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _guarded(original, host_of):
+    def call(*args, **kwargs):
+        host = host_of(*args, **kwargs)
+        if host is not None and not _is_loopback(host):
+            raise NetworkBlocked(f"the tests must not use the network: {original.__name__} to {host!r}")
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _host_of_address(sock, *args):
+    # The address comes last in connect(address), sendto(data, address) and sendto(data, flags, address).
+    internet = sock.family in (socket.AF_INET, socket.AF_INET6)
+    return args[-1][0] if internet and args and isinstance(args[-1], tuple) else None
+
+
+@pytest.fixture(autouse=True)
+def no_network(request, monkeypatch):
+    """Only the loopback can be reached; tests marked ``install`` need a package index and are let through."""
+    if request.node.get_closest_marker("install"):
+        return
+    for method in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, method, _guarded(getattr(socket.socket, method), _host_of_address))
+    monkeypatch.setattr(socket, "getaddrinfo", _guarded(socket.getaddrinfo, lambda host, *_, **__: host))
+    for name in _PROXIES:
+        monkeypatch.setenv(name, _DEAD_PROXY)
+
+
+@pytest.fixture(autouse=True)
+def no_shell_settings(monkeypatch):
+    """What a developer has set for his own runs must not decide a test."""
+    for name in ("SCL_DEFENSE_DISABLE_PLUGINS", "SCL_DEFENSE_TRACE"):
+        monkeypatch.delenv(name, raising=False)
