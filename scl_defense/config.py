@@ -181,7 +181,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping) and value}
     lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{json.dumps(str(k))} = {_toml_value(v)}" for k, v in table.items())]
+        lines += ["", f"[{name}]", *(f"{_toml_value(str(k))} = {_toml_value(v)}" for k, v in table.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -190,8 +190,9 @@ def _toml_value(value: Any) -> str:
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
         return f"{value:.1f}"
-    # TOML's basic strings, numbers and booleans are written as in JSON (ASCII-escaped, so control characters too).
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    # TOML's basic strings, numbers and booleans are written as in JSON, except that DEL must be escaped too and that
+    # characters beyond U+FFFF must not be: JSON would write them as surrogates.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

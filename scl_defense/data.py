@@ -100,7 +100,7 @@ class Data:
         arrays = self._arrays("test" if which == "test" else "train")
         index = np.arange(len(arrays.labels))
         if which != "test":
-            held_out = _validation_part(self.name, arrays.labels, val_fraction)
+            held_out = _validation_part(arrays.labels, val_fraction)
             if which == "val" and len(held_out) == 0:
                 raise UserError("there is no val split with val_fraction 0; give a share between 0 and 1")
             index = held_out if which == "val" else np.delete(index, held_out)
@@ -119,8 +119,8 @@ class Data:
         key = f"fingerprint-{which}"
         if key not in self._cache:
             arrays = self._arrays(which)
-            digest = hashlib.sha256(arrays.images.numpy())
-            digest.update(arrays.labels.numpy().astype("<i8"))
+            digest = hashlib.sha256(arrays.images.numpy().data)
+            digest.update(arrays.labels.numpy().astype("<i8").data)
             self._cache[key] = digest.hexdigest()
         return self._cache[key]
 
@@ -216,7 +216,8 @@ class _Arrays:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])
+        _, channels, height, width = self.images.shape
+        return channels, height, width
 
 
 def _resolve(name: str, root: Path, host: PluginHost) -> tuple[str, dict[str, str]]:
@@ -296,15 +297,15 @@ def _statistics(train: _Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     means, stds = [], []
     for channel in train.images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = (share * levels).sum()
-        means.append(float(mean))
-        stds.append(float((share * (levels - mean).square()).sum().sqrt()))
-    mean = train.mean or tuple(means)
-    std = train.std or tuple(stds)
+        centre = (share * levels).sum()
+        means.append(centre.item())
+        stds.append((share * (levels - centre).square()).sum().sqrt().item())
+    mean = means if train.mean is None else train.mean
+    std = stds if train.std is None else train.std
     return tuple(map(float, mean)), tuple(max(float(value), MIN_STD) for value in std)
 
 
-def _validation_part(name: str, labels: Tensor, fraction: float) -> np.ndarray:
+def _validation_part(labels: Tensor, fraction: float) -> np.ndarray:
     if not 0 <= fraction < 1:
         raise UserError(f"val_fraction {fraction} must lie in [0, 1)")
     count = round(fraction * len(labels))

@@ -190,11 +190,12 @@ def _check_markers(plugin: Any) -> None:
 
 
 @lru_cache(maxsize=8)
-def _cached(files: tuple[str, ...], disabled: tuple[str, ...]) -> PluginHost:
-    return PluginHost(files=files, disabled=disabled)
+def _cached(files: tuple[tuple[str, int], ...], disabled: tuple[str, ...]) -> PluginHost:
+    return PluginHost(files=[path for path, _ in files], disabled=disabled)
 
 
 def default_host(files: Iterable[str | Path] = ()) -> PluginHost:
     """The host of this process for these plugin files; environment ``SCL_DEFENSE_DISABLE_PLUGINS`` is honoured."""
     off = os.environ.get("SCL_DEFENSE_DISABLE_PLUGINS", "")
-    return _cached(tuple(str(file) for file in files), tuple(name.strip() for name in off.split(",") if name.strip()))
+    dated = tuple((str(file), Path(file).stat().st_mtime_ns if Path(file).is_file() else 0) for file in files)
+    return _cached(dated, tuple(name.strip() for name in off.split(",") if name.strip()))

@@ -51,7 +51,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("scl-defense", "torch", "torchvision", "numpy", "torchattacks", "adversarial-robustness-toolbox"):
+    found["torch"] = str(torch.__version__)  # with the build: 2.15.0+cpu and +cu132 do not round alike
+    for name in ("scl-defense", "torchvision", "numpy", "torchattacks", "adversarial-robustness-toolbox"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,9 +1,11 @@
-"""What holds for every test: no network but the loopback, no settings of the developer's shell, repeatable properties."""
+"""What holds for every test: no network, no settings of the developer's shell, repeatable properties."""
 
 import ipaddress
 import os
 import socket
+import sys
 
+import fake_site
 import pytest
 from hypothesis import settings
 
@@ -18,7 +20,7 @@ _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY
 
 
 class NetworkBlocked(OSError):
-    """A test tried to leave this machine. An ``OSError``, so that code under test sees what an offline machine gives."""
+    """A test tried to leave this machine. An ``OSError``: the code under test sees what an offline machine gives."""
 
 
 def _is_loopback(host: object) -> bool:
@@ -64,3 +66,16 @@ def no_shell_settings(monkeypatch):
     """What a developer has set for his own runs must not decide a test."""
     for name in ("SCL_DEFENSE_DISABLE_PLUGINS", "SCL_DEFENSE_TRACE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder of fake installed distributions, on the path of this process."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+    yield fake_site.Site(folder)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]

@@ -1,1 +1,1 @@
-"""The benchmark layer of scl-defense: attacks of two libraries and our own, and an evaluation that believes none of them."""
+"""The benchmark layer of scl-defense: attacks of two libraries and our own, and an evaluation that believes none."""

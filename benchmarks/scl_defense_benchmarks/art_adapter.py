@@ -35,7 +35,7 @@ def _call(
 ) -> Tensor:
     device = images.device
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"ART runs on cpu and cuda, not on {device.type}; give --device cpu or another library's attack")
+        raise UserError(f"ART runs on cpu and cuda, not on {device.type}; use --device cpu or another attack")
     with library_call(classifier, rng=rng), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         network = LibraryNetwork(classifier, device).eval()
         with torch.no_grad():

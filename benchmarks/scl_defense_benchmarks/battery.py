@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scl_defense.config import make
-from scl_defense.errors import UserError
+from scl_defense.errors import ComponentError, UserError
 from scl_defense.plugins import PluginHost
 from scl_defense.threat import NORMS, ThreatModel, parse_eps
 from scl_defense.types import Attack
@@ -87,7 +87,7 @@ def _parse_attack(text: str) -> Request:
     for piece in pieces[first:]:
         key, equals, value = (part.strip() for part in piece.partition("="))
         if not equals:
-            raise UserError(f"attack '{label}': '{piece}' stands after an option; write the name first, then OPTION=VALUE")
+            raise UserError(f"attack '{label}': '{piece}' stands after an option; write NAME:OPTION=VALUE")
         if not key or not value:
             raise UserError(f"attack '{label}': '{piece}' is no option; write OPTION=VALUE, like steps=40")
         if key in options:
@@ -110,11 +110,13 @@ def plan_attacks(
     planned: list[PlannedAttack] = []
     for request in parse_battery(attacks):
         attack = make(host, "attack", request.name, request.options)
+        if not isinstance(attack, Attack):
+            raise ComponentError(f"attack '{request.name}' must be callable and have norms, minimal and access")
         ball = _ball_of(request, attack, threat, budgets or {})
         for other in planned:
             if type(other.attack) is type(attack) and other.attack == attack and other.threat == ball:
                 raise UserError(
-                    f"attack '{request.label}' is the same as '{other.label}': same code, options and ball; leave one out"
+                    f"attack '{request.label}' is the same as '{other.label}' (code, options, ball); leave one out"
                 )
         planned.append(PlannedAttack(request.label, request.name, attack, ball))
     return Plan(threat, tuple(planned))

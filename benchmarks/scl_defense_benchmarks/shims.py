@@ -68,6 +68,11 @@ def off_the_walls(images: Tensor) -> Tensor:
     return images.clamp(WALL, 1 - WALL)
 
 
+def into_box(images: Tensor, examples: Tensor) -> Tensor:
+    """``examples`` with every pixel outside [0, 1] brought to its wall; all other pixels stay bit for bit."""
+    return torch.where((examples < 0) | (examples > 1), BOX.project(images, examples), examples)
+
+
 @torch.no_grad()
 def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, candidates: Iterable[Tensor]) -> Tensor:
     """Per image the candidate nearest in L2 that ``classifier`` gets wrong; the image itself where none is.
@@ -80,9 +85,8 @@ def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, cand
     best, nearest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
     start = off_the_walls(images)
     for candidate in candidates:
-        inside = BOX.project(images, candidate)
-        put_back = torch.where((inside - start).abs() < WALL, images, inside)
-        for example in (inside, put_back):
+        shifted = images + (candidate - start)
+        for example in (into_box(images, candidate), into_box(images, shifted)):
             with frozen(classifier):
                 fooled = classifier(example).argmax(1) != labels
             distance = L2.distance(images, example).to(nearest)

@@ -1,5 +1,9 @@
 """``scl-defense benchmark``: names the benchmark layer, never knows it."""
 
+import hashlib
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,29 +29,51 @@ from scl_defense.errors import UserError
 @common.plugin_option
 @common.json_option
 @common.quiet_option
-def command(plugins: tuple[str, ...], as_json: bool, quiet: bool, data_options: tuple[str, ...], **options: Any) -> None:
+def command(
+    checkpoint: str,
+    plugins: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    data_options: tuple[str, ...],
+    out: str | None,
+    **settings: Any,
+) -> None:
     """Attack a trained checkpoint on the test split; every example is checked again by us.
 
     \b
     scl-defense benchmark runs/RUN/best.pt --attacks fgsm,pgd,cw
     scl-defense benchmark runs/RUN/best.pt --attacks torchattacks:pgd,art:pgd,native:pgd --eps 0.2
     """
-    host = common.host_for(plugins)
-    from pathlib import Path
-
-    if not Path(options["checkpoint"]).exists():
-        raise UserError(f"checkpoint '{options['checkpoint']}' does not exist")
+    common.host_for(plugins)  # a broken --plugin is answered first
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist")
+    settings["data_options"] = common.key_values(data_options, "-d") or None
+    out = out or str(_beside(path, settings))
     from scl_defense import benchmark
+    from scl_defense.cli.progress import AttackProgress
 
-    with common.AttackProgress(quiet=quiet or as_json) as progress:
+    with AttackProgress(quiet=quiet or as_json) as progress:
         result = benchmark(
-            options.pop("checkpoint"),
-            data_options=common.key_values(data_options, "-d") or None,
-            host=host,
-            progress=progress,
-            **options,
+            path, plugins=plugins, out=out, progress=progress, command=shlex.join(["scl-defense", *sys.argv[1:]]), **settings
         )
     if as_json:
-        common.print_json(result.to_json())
+        common.print_json({**result.to_json(), "file": out})
     else:
-        result.show(common.console())
+        _show(result)
+        click.echo(f"result: {shlex.quote(out)}")
+    if all(row.status == "failed" for row in result.attacks):
+        raise click.exceptions.Exit(1)
+
+
+def _beside(checkpoint: Path, settings: dict[str, Any]) -> Path:
+    """The same question again goes into the same file; another question never overwrites an answer."""
+    digest = hashlib.sha256(repr(sorted((k, v) for k, v in settings.items() if k != "device")).encode()).hexdigest()
+    return checkpoint.with_name(f"{checkpoint.stem}-benchmark-{digest[:8]}.json")
+
+
+def _show(result: Any) -> None:
+    from importlib import import_module
+
+    # The benchmark layer draws its own table; it is named here, never known.
+    common.console().print(import_module(type(result).__module__).render(result))

@@ -2,36 +2,52 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from scl_defense.cli import common
 
 
-class TrainProgress:
-    """Told of every step and epoch of a training run."""
+class _Bar:
+    """A bar while inside, on a terminal only; ``before`` and ``after`` are the texts around it."""
+
+    before, after = "{task.description}", ""
 
     def __init__(self, quiet: bool):
-        self._quiet, self._bar, self._task, self._rate = quiet, None, None, 0.0
+        self._quiet, self._bar, self._task = quiet, None, None
         self._console = common.console(stderr=True)
 
-    def __enter__(self) -> "TrainProgress":
+    def __enter__(self) -> Self:
         if not self._quiet and self._console.is_terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(bar_width=None),
-                TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+            parts = (TextColumn(self.before), BarColumn(bar_width=None), TextColumn(self.after), TimeRemainingColumn())
+            self._bar = Progress(*parts, console=self._console, transient=True)
             self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class AttackProgress(_Bar):
+    """Told of every batch of a benchmark: one bar an attack, on a terminal."""
+
+    after = "{task.completed}/{task.total} images"
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if self._task is None or self._bar.tasks[-1].description != label:
+            self._task = self._bar.add_task(label, total=total)
+        self._bar.update(self._task, completed=done)
+
+
+class TrainProgress(_Bar):
+    """Told of every step and epoch of a training run."""
+
+    before, after = "epoch {task.fields[epoch]}", "loss {task.fields[loss]}  {task.fields[rate]} images/s"
+    _rate = 0.0
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "step":

@@ -29,44 +29,49 @@ class Npz:
         path = Path(self.path).expanduser()
         path = path if path.exists() else root / path
         if path.is_dir():
-            train, prefix = path / "train.npz", ""
-            archive = path / f"{split}.npz"
+            archive, train, prefix = path / f"{split}.npz", path / "train.npz", ""
         else:
-            train, prefix = path, f"{split}_"
-            archive = path
-        images, labels = _read(archive, [f"{prefix}images", f"{prefix}labels"])
-        (names,) = _read(archive, ["classes"], optional=True)
-        if names is None and train != archive:
-            (names,) = _read(train, ["classes"], optional=True)
-        if names is None:
-            all_labels = labels if split == "train" else _read(train, ["train_labels" if prefix else "labels"])[0]
-            names = np.arange(_class_count(train, all_labels))
-        return ImageArrays(images, labels, tuple(str(name) for name in np.ravel(names)))
+            archive, train, prefix = path, path, f"{split}_"
+        found = _read(archive, f"{prefix}images", f"{prefix}labels")
+        if "classes" not in found:  # not from the test labels: a class may not occur there
+            found["classes"] = _classes(train, "train_labels" if prefix else "labels")
+        names = tuple(str(name) for name in np.ravel(found["classes"]))
+        return ImageArrays(found[f"{prefix}images"], found[f"{prefix}labels"], names)
 
 
-def _class_count(archive: Path, labels: np.ndarray) -> int:
-    if not np.issubdtype(labels.dtype, np.integer) or labels.size == 0:
-        return 0  # the core says what is wrong with such labels
+def _classes(train: Path, key: str) -> np.ndarray:
+    found = _read(train, key)
+    return found["classes"] if "classes" in found else _numbered(train, found[key])
+
+
+def _numbered(archive: Path, labels: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.size == 0 or labels.max() < 0:
+        return np.zeros(0)  # the core says what is wrong with such labels
     if labels.max() >= MAX_CLASSES:
         raise UserError(
             f"labels of '{archive}' run up to {labels.max()}; number the classes 0, 1, 2, ... or store their names as "
             "'classes'"
         )
-    return max(int(labels.max()) + 1, 0)
+    return np.arange(int(labels.max()) + 1)
 
 
-def _read(archive: Path, keys: list[str], *, optional: bool = False) -> list[np.ndarray | None]:
-    """The arrays of these keys; a missing one is ``None`` if that is allowed."""
+def _read(archive: Path, *keys: str) -> dict[str, np.ndarray]:
+    """The arrays of these keys, and ``classes`` if it is there."""
     if not archive.is_file():
         raise UserError(f"'{archive}' does not exist; an npz data set is train.npz and test.npz, or one .npz file")
     try:
-        with np.load(archive, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise UserError(f"'{archive}' holds a single array, not an archive; write it with numpy.savez")
+        content = np.load(archive, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise UserError(f"'{archive}' holds a single array, not an archive; write it with numpy.savez")
+        with content:
             for key in keys:
-                if key not in content and not optional:
+                if key not in content:
                     raise UserError(f"'{archive}' has no array '{key}'; it holds {', '.join(content.files) or 'none'}")
-            return [content.get(key) for key in keys]
+            found = {key: content[key] for key in (*keys, "classes") if key in content}
+        for key, array in found.items():
+            if isinstance(array, bytes):  # what numpy gives for a member that is no .npy file
+                raise UserError(f"'{key}' in '{archive}' is not a NumPy array; write the archive with numpy.savez")
+        return found
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib, struct, numpy: each has its own for a damaged or foreign file

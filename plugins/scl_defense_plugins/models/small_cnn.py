@@ -11,7 +11,7 @@ from scl_defense_plugins.models._common import check_shape, initialise
 @component
 class SmallCNN:
     """Four 3 x 3 convolutions with batch norm and ReLU (widths w, 2w, 4w, 8w; the second and third halve the sides),
-    then the mean over all places. Images from 8 x 8; 97,632 parameters at width 16 with one channel.
+    then the mean over all places. Images from 8 x 8; 97,392 parameters at width 16 with one channel.
     """
 
     width: Annotated[int, Field(ge=1, le=1024, description="channels of the first convolution")] = 16

@@ -1,0 +1,87 @@
+"""Our own check of what an attack returns: finite, box, ball, label. The attack's opinion is never asked."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scl_defense.errors import ComponentError
+from scl_defense.threat import ThreatModel
+from scl_defense_benchmarks.shims import check_logits, into_box
+
+# Every forward pass of a check has this many images: how many the attack had at a time must not reach the label.
+CHUNK = 64
+BOX_TOLERANCE = 1e-6  # float32 rounding of x + d, cut off without being called a violation
+STILL = 1e-3  # in units of eps: closer to its image than this, an example is no attempt
+STILL_MINIMAL = 1e-6  # the same for attacks without a radius
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Float32 logits (N, K) of ``images`` (N, C, H, W), in chunks of one size: the last one is filled up."""
+    found = []
+    for chunk in images.split(CHUNK):
+        filler = images[:1].expand(CHUNK - len(chunk), *images.shape[1:])
+        found.append(check_logits(network(torch.cat([chunk, filler])), CHUNK)[: len(chunk)].float())
+    return torch.cat(found)
+
+
+def decide(logits: Tensor) -> Tensor:
+    """The predicted label of each row, (N,); -1, which is no class, where a logit is NaN."""
+    return torch.where(logits.isnan().any(1), -1, logits.nan_to_num().argmax(1))
+
+
+def check_returned(returned: object, images: Tensor) -> Tensor:
+    """``returned`` as detached float32 images; raises :class:`ComponentError` when it is no such thing at all."""
+    if not isinstance(returned, Tensor):
+        raise ComponentError(f"it returned a {type(returned).__name__}, not a tensor of images")
+    if returned.shape != images.shape:
+        raise ComponentError(f"it returned shape {tuple(returned.shape)} for images {tuple(images.shape)}")
+    if not returned.is_floating_point():
+        raise ComponentError(f"it returned {returned.dtype}; images are float32 in [0, 1]")
+    return returned.detach().to(images.device, torch.float32, copy=True)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One attack's examples after our check; every field is per attacked image, (M,).
+
+    examples: (M, C, H, W) what was judged: inside the box, and inside the ball unless the attack is minimal.
+    fooled: our own forward pass gives another label. distance: float64, in the attack's norm. moved: a real attempt.
+    """
+
+    examples: Tensor
+    fooled: Tensor
+    distance: Tensor
+    moved: Tensor
+    outside_box: Tensor
+    outside_ball: Tensor
+    nonfinite: Tensor
+
+
+def judge(
+    network: nn.Module, images: Tensor, labels: Tensor, returned: Tensor, threat: ThreatModel, *, minimal: bool
+) -> Verdict:
+    """Judge ``returned`` (M, C, H, W) against ``images`` in float32 on ``network``, which must be in eval mode.
+
+    What is not finite is replaced by the image itself: not fooled, not moved. What lies outside the box, or outside
+    the ball of an attack that has one, is pulled back to the nearest point inside and judged there.
+    """
+    finite = returned.flatten(1).isfinite().all(1)
+    usable = torch.where(finite.view(-1, 1, 1, 1), returned, images)
+    flat = usable.flatten(1)
+    outside_box = ((flat < -BOX_TOLERANCE) | (flat > 1 + BOX_TOLERANCE)).any(1)
+    outside_ball = torch.zeros_like(outside_box) if minimal else threat.distance(images, usable) > threat.tolerance()
+    boxed = into_box(images, usable)
+    examples = boxed if minimal else torch.where(outside_ball.view(-1, 1, 1, 1), threat.project(images, usable), boxed)
+    distance = threat.distance(images, examples)
+    still = STILL_MINIMAL if minimal else STILL * threat.radius
+    return Verdict(
+        examples=examples,
+        fooled=finite & (decide(logits_of(network, examples)) != labels),
+        distance=distance,
+        moved=finite & (distance >= still),
+        outside_box=outside_box,
+        outside_ball=outside_ball,
+        nonfinite=~finite,
+    )

@@ -1,0 +1,246 @@
+"""The command line: exit codes, one line an error, what is imported for which answer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scl_defense.cli.app import run
+from scl_defense.config import TrainConfig
+
+TINY = ["--limit", "96", "--batch-size", "32", "--val-limit", "48", "--val-steps", "1", "--epochs", "1", "-m", "width=4"]
+HEAVY = ("torch", "torchvision", "torchattacks", "art", "sklearn", "scipy")
+
+PROBE = """
+import sys
+from scl_defense.cli.app import run
+code = run(sys.argv[1:])
+heavy = [name for name in {heavy!r} if name in sys.modules]
+components = [name for name in sys.modules if name.startswith(("scl_defense_plugins.", "scl_defense_benchmarks."))
+              and not name.endswith(".hooks")]
+print("LOADED", code, heavy + components)
+"""
+
+
+def probe(*arguments):
+    """Exit code and heavy modules after a command line in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(heavy=HEAVY), *arguments], capture_output=True, text=True, timeout=120
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOADED")]
+    _, code, loaded = line.split(" ", 2)
+    return int(code), loaded, done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["benchmark", "--help"], 0),
+        (["plugins", "--help"], 0),
+        (["plugins", "list"], 0),
+        (["plugins", "list", "--json"], 0),
+        (["plugins", "list", "generators"], 0),
+        (["plugins", "list", "contrastve-pgd"], 2),
+        (["train", "--generator", "contrastve-pgd"], 2),
+        (["train", "--trainer", "advsupcon"], 2),
+        (["train", "--model", "resnet-18"], 2),
+        (["train", "--logger", "tensorbord"], 2),
+        (["train", "--epochs", "0"], 2),
+        (["train", "--epoch", "3"], 2),
+        (["trian"], 2),
+        (["benchmark", "no-such-file.pt"], 2),
+    ],
+)
+def test_naming_answers_import_nothing_heavy(arguments, code):
+    got, loaded, done = probe(*arguments)
+    assert (got, loaded) == (code, "[]"), done.stderr
+    if code == 2:
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+
+
+def test_importing_the_package_imports_neither_torch_nor_a_plugin():
+    code = "import scl_defense, sys; print([m for m in sys.modules if m in ('torch', 'art') or m.startswith('scl_defense_')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_probe_itself_sees_torch():
+    """The check above can fail: listing one component's options does import torch."""
+    assert "torch" in probe("plugins", "list", "pgd")[1]
+
+
+def error_of(capsys, *arguments):
+    code = run([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--generator", "contrastve-pgd"], "did you mean 'contrastive-pgd'"),
+        (["train", "-g", "stepz=3"], "did you mean 'steps'"),
+        (["train", "-g", "steps"], "must be written name=value"),
+        (["train", "-g", "steps=3", "-g", "steps=4"], "given twice"),
+        (["train", "-g", "steps=0"], "greater than or equal to 1"),
+        (["train", "--eps", "-1"], "eps '-1'"),
+        (["train", "--eps=8"], "larger than the whole range"),
+        (["train", "--norm", "l7"], "'norm'"),
+        (["train", "--lr", "nan"], "'lr'"),
+        (["train", "--data", "no-such"], "no data set named 'no-such'"),
+        (["train", "--data", "digit"], "did you mean 'digits'"),
+        (["train", "--config", "missing.toml"], "cannot be read"),
+        (["train", "--resume", "nowhere"], "nothing to resume"),
+        (["train", "--resume", "nowhere", "--epochs", "3"], "own recipe"),
+        (["train", "--plugin", "missing.py"], "does not exist"),
+        (["train", "--device", "cuda:7", "--limit", "20"], "device 'cuda:7' is not there"),
+        (["plugins", "list", "pdg"], "did you mean 'pgd'"),
+        (["info", "missing.pt"], "cannot be read"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, line = error_of(capsys, *arguments)
+    assert code == 2 and message in line
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert run(["--debug", "train", "--eps", "-1"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_train_prints_accuracies_and_the_next_command(capsys, tmp_path):
+    assert run(["train", *TINY, "--generator", "corner-noise", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    folder = tmp_path / "adv-supcon-corner-noise-digits-s0"
+    assert "clean" in captured.out and "robust (linf:0.1" in captured.out
+    assert captured.out.strip().splitlines()[-1] == f"next: scl-defense benchmark {folder}/best.pt --attacks fgsm,pgd,cw"
+    assert "epoch 1/1" in captured.err
+    assert all(len(line) <= 100 for line in captured.err.splitlines())
+    assert run(["info", str(folder / "best.pt"), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["threat"] == "linf:0.1" and info["config"]["generator"] == "corner-noise"
+    assert run(["info", str(folder / "best.pt")]) == 0
+    assert "small-cnn" in capsys.readouterr().out
+
+
+def test_json_is_the_only_thing_on_stdout(capsys, tmp_path):
+    assert run(["train", *TINY, "--generator", "none", "--out", str(tmp_path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["epochs"] == 1 and captured.err == ""
+
+
+def test_dry_run_writes_nothing(capsys, tmp_path):
+    assert run(["train", *TINY, "--out", str(tmp_path / "runs"), "--dry-run"]) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_flags_win_over_the_recipe_file_and_a_written_recipe_can_be_used_again(capsys, tmp_path):
+    recipe = tmp_path / "run.toml"
+    recipe.write_text('generator = "pgd"\nepochs = 7\nseed = 3\n[generator_options]\nsteps = 1\nloss = "kl"\n')
+    base = ["train", *TINY, "--config", str(recipe), "--json"]
+    assert run([*base, "--out", str(tmp_path / "a"), "-g", "steps=2"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    written = (tmp_path / "a" / "adv-supcon-pgd-digits-s3" / "config.toml").read_text()
+    assert "epochs = 1\n" in written and '"loss" = "kl"' in written and '"steps" = "2"' in written
+    assert run(["train", "--config", first["run_dir"] + "/config.toml", "--out", str(tmp_path / "b"), "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert (second["clean"], second["robust"]) == (first["clean"], first["robust"])
+    # Another generator on the command line: the file's options were for the other one.
+    assert run([*base, "--generator", "corner-noise", "--out", str(tmp_path / "c")]) == 0
+
+
+def test_a_wrong_name_in_a_recipe_file_is_an_error(capsys, tmp_path):
+    (tmp_path / "run.toml").write_text("epoch = 3\n")
+    code, line = error_of(capsys, "train", "--config", tmp_path / "run.toml")
+    assert code == 2 and "did you mean 'epochs'" in line
+
+
+def test_every_field_of_the_recipe_is_an_option(capsys):
+    assert run(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert "--" + name.replace("_options", "_option").replace("_", "-") in text
+
+
+def test_plugins_list_describes_one_component_and_all(capsys):
+    assert run(["plugins", "list", "contrastive-pgd"]) == 0
+    text = capsys.readouterr().out
+    assert "space (pixel|filterbank|random-conv)" in text and "from scl-defense" in text
+    assert run(["plugins", "list", "pgd", "--json"]) == 0
+    kinds = {row["kind"] for row in json.loads(capsys.readouterr().out)}
+    assert kinds == {"generator", "attack"}
+    assert run(["plugins", "list", "--json"]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert everything["quarantined"] == [] and len(everything["components"]) > 20
+
+
+def test_a_plugin_file_is_listed_used_and_its_faults_are_one_line(capsys, tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from scl_defense import hookimpl\n"
+        "from scl_defense.types import component\n"
+        "@component\n"
+        "class Same:\n"
+        "    '''The views themselves.'''\n"
+        "    needs = frozenset()\n"
+        "    def __call__(self, batch, context):\n"
+        "        return batch.views[:1].clone()\n"
+        "@hookimpl\n"
+        "def register_generators(register):\n"
+        "    register('same', Same, summary='the views themselves')\n"
+    )
+    assert run(["plugins", "list", "--plugin", str(plugin)]) == 0
+    assert "same" in capsys.readouterr().out
+    assert run(["train", *TINY, "--plugin", str(plugin), "--generator", "same", "--out", str(tmp_path / "runs")]) == 0
+    capsys.readouterr()
+    plugin.write_text("import no_such_module_at_all\n")
+    code, line = error_of(capsys, "plugins", "list", "--plugin", plugin)
+    assert code == 2 and "No module named 'no_such_module_at_all'" in line
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, signum, code):
+    arguments = ["train", *TINY[:-4], "--epochs", "100000", "-m", "width=4", "--generator", "none", "--out", "runs of mine"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from scl_defense.cli import main; main()", *arguments],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    log = tmp_path / "runs of mine" / "adv-supcon-none-digits-s0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == code and last.startswith("error: stopped and saved"), err
+    assert "scl-defense train --resume 'runs of mine/adv-supcon-none-digits-s0'" in last
+    assert (log.parent / "last.pt").exists() and "Traceback" not in err
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    from scl_defense import UserError
+    from scl_defense.logs import locked
+
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match=rf"in use by process {os.getpid()}"),
+        locked(tmp_path),
+    ):
+        raise AssertionError("the lock was given twice")
+    with locked(tmp_path):
+        assert (tmp_path / ".holder").exists()
+    assert not (tmp_path / ".holder").exists()
