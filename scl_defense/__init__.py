@@ -11,11 +11,12 @@ from scl_defense.errors import ComponentError, SclDefenseError, UserError
 from scl_defense.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from scl_defense_benchmarks.evaluate import benchmark
+
     from scl_defense.checkpoint import load_classifier
     from scl_defense.config import TrainConfig
     from scl_defense.threat import ThreatModel
     from scl_defense.train import train
-    from scl_defense_benchmarks.evaluate import benchmark
 
 try:
     __version__ = version("scl-defense")

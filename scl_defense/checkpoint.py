@@ -25,7 +25,18 @@ from scl_defense.plugins import PluginHost, default_host
 from scl_defense.threat import ThreatModel
 
 FORMAT = "scl-defense-checkpoint/1"
-_REQUIRED = ("network", "model", "model_options", "classes", "image_shape", "mean", "std", "threat", "config", "plugins")
+_REQUIRED = (
+    "network",
+    "model",
+    "model_options",
+    "classes",
+    "image_shape",
+    "mean",
+    "std",
+    "threat",
+    "config",
+    "plugins",
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,9 @@ def read_tensors(path: str | Path) -> tuple[Any, str]:
         raise
     except Exception as error:
         # torch's own text recommends loading unsafely; that advice must not reach the user.
-        raise UserError(f"'{path}' is not a readable checkpoint: its content is damaged ({type(error).__name__})") from None
+        raise UserError(
+            f"'{path}' is not a readable checkpoint: its content is damaged ({type(error).__name__})"
+        ) from None
     return content, hashlib.sha256(payload).hexdigest()
 
 
@@ -168,7 +181,9 @@ def load_classifier(
     try:
         model = make(host, "model", content["model"], content["model_options"])
     except UserError as error:
-        origin = next((p["distribution"] for p in content["plugins"] if p["plugin"] == content.get("model_owner")), None)
+        origin = next(
+            (p["distribution"] for p in content["plugins"] if p["plugin"] == content.get("model_owner")), None
+        )
         raise UserError(f"checkpoint '{path}' needs {error}" + (f"; it came from {origin}" if origin else "")) from None
     network = Network(model(tuple(content["image_shape"])), len(content["classes"]), content["mean"], content["std"])
     state = {

@@ -49,15 +49,21 @@ class TrainConfig:
     epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training split")] = 40
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="images a step")] = 128
     optimizer: Annotated[Literal["adamw", "sgd"], Field(description="optimizer")] = "adamw"
-    lr: Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="peak learning rate; default: 0.003 adamw, 0.1 sgd")] = None
+    lr: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="peak learning rate; default: 0.003 adamw, 0.1 sgd")
+    ] = None
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight decay")] = 5e-4
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of sgd")] = 0.9
-    warmup: Annotated[float, Field(ge=0, le=1, description="share of all steps with rising learning rate, then cosine")] = 0.1
+    warmup: Annotated[
+        float, Field(ge=0, le=1, description="share of all steps with rising learning rate, then cosine")
+    ] = 0.1
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False, description="largest gradient norm; 0: no clipping")] = 1.0
     augment: Annotated[Literal["none", "weak", "simclr"], Field(description="augmentation of the views")] = "weak"
     strength: Annotated[float, Field(ge=0, le=1, description="strength of the augmentation")] = 1.0
     limit: Annotated[int | None, Field(ge=2, description="use only so many training images (stratified)")] = None
-    val_fraction: Annotated[float, Field(gt=0, lt=1, description="share of the training split cut off for validation")] = 0.1
+    val_fraction: Annotated[
+        float, Field(gt=0, lt=1, description="share of the training split cut off for validation")
+    ] = 0.1
     val_limit: Annotated[int, Field(ge=2, description="validate on at most so many images")] = 1000
     val_steps: Annotated[int, Field(ge=1, description="PGD steps of the robust validation accuracy")] = 10
     precision: Annotated[Literal["fp32", "bf16"], Field(description="precision of the network's passes")] = "fp32"
@@ -65,7 +71,9 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, le=2**62, description="seed of every random stream")] = 0
     logger: Annotated[tuple[str, ...], Field(description="where training records go")] = ("jsonl",)
     out: Annotated[str, Field(description="folder of the runs")] = "runs"
-    name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.+=-]{0,199}$", description="name of the run's folder")] = None
+    name: Annotated[
+        str | None, Field(pattern=r"^[A-Za-z0-9][\w.+=-]{0,199}$", description="name of the run's folder")
+    ] = None
 
     @property
     def peak_lr(self) -> float:
@@ -92,8 +100,7 @@ def options_of(cls: type) -> list[Option]:
         schema = schema["$defs"][schema["$ref"].rsplit("/", 1)[1]]
     rows = []
     for name, prop in schema.get("properties", {}).items():
-        default = prop["default"] if "default" in prop else "required"
-        rows.append(Option(name, _type_text(prop), default, prop.get("description", "")))
+        rows.append(Option(name, _type_text(prop), prop.get("default", "required"), prop.get("description", "")))
     return rows
 
 
@@ -153,7 +160,9 @@ def explain(error: ValidationError, known: list[str]) -> str:
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"option '{name}' is required; give it as {name}=VALUE"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"option '{name}' {message if message.startswith('should') else 'is wrong: ' + message}, not {first['input']!r}"
+    return (
+        f"option '{name}' {message if message.startswith('should') else 'is wrong: ' + message}, not {first['input']!r}"
+    )
 
 
 def train_config(values: Mapping[str, Any]) -> TrainConfig:

@@ -45,13 +45,19 @@ def _float32(forward: Any) -> Any:
 
 def check_adversarial(adversarial: Any, views: Tensor, threat: ThreatModel, who: str) -> Tensor:
     """The contract of a generator's output, on every batch. Raises :class:`ComponentError` with the measured fault."""
-    if not isinstance(adversarial, Tensor) or adversarial.dim() != views.dim() or adversarial.shape[1:] != views.shape[1:]:
+    if (
+        not isinstance(adversarial, Tensor)
+        or adversarial.dim() != views.dim()
+        or adversarial.shape[1:] != views.shape[1:]
+    ):
         got = tuple(adversarial.shape) if isinstance(adversarial, Tensor) else type(adversarial).__name__
         raise ComponentError(f"{who} must return (A, {', '.join(map(str, views.shape[1:]))}), not {got}")
     if len(adversarial) > len(views):
         raise ComponentError(f"{who} returned {len(adversarial)} adversarial views of {len(views)} views")
     if adversarial.dtype != views.dtype or adversarial.device != views.device:
-        raise ComponentError(f"{who} returned {adversarial.dtype} on {adversarial.device}, not {views.dtype} on {views.device}")
+        raise ComponentError(
+            f"{who} returned {adversarial.dtype} on {adversarial.device}, not {views.dtype} on {views.device}"
+        )
     adversarial = adversarial.detach()
     if len(adversarial) == 0:
         return adversarial

@@ -48,7 +48,9 @@ def locked(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write in '{run_dir}': {error.strerror}") from None
     try:
-        holder.write_text(f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n")
+        holder.write_text(
+            f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n"
+        )
         yield
     finally:
         holder.unlink(missing_ok=True)

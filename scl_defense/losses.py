@@ -84,7 +84,9 @@ def infonce(embed: Tensor, references: Tensor, temperature: float = 0.5, *, excl
     scores = unit(embed) @ unit(references).T / temperature
     own = scores.diagonal()
     if exclude is not None:
-        scores = scores.masked_fill(exclude & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device), -torch.inf)
+        scores = scores.masked_fill(
+            exclude & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device), -torch.inf
+        )
     return scores.logsumexp(1) - own
 
 

@@ -22,7 +22,9 @@ def select_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device '{name}' is unknown; write auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices found; try --device cpu")
+        raise UserError(
+            f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices found; try --device cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device 'mps' is not there; try --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):

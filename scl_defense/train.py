@@ -5,14 +5,13 @@ its relatives are only other (generator, trainer) pairs. Every random draw comes
 purpose, epoch, step): a resumed run needs no hidden state and ends with exactly the same weights.
 """
 
-import copy
 import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scl_defense import checkpoint, logs, probe
+from scl_defense import checkpoint, logs, probe, runstate
 from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config
 from scl_defense.data import Augment, Split, open_data, stratified_subset
 from scl_defense.errors import ComponentError, Interrupted, UserError
 from scl_defense.generation import generate
 from scl_defense.guard import global_random_state
 from scl_defense.models import Network, Twin
+from scl_defense.optim import learning_rate, make_optimizer
 from scl_defense.plugins import PluginHost, default_host
-from scl_defense.runtime import StopRequest, autocast, derive_seed, select_device, stop_on_signal, stream, versions
+from scl_defense.runstate import Progress
+from scl_defense.runtime import StopRequest, autocast, derive_seed, select_device, stop_on_signal, stream
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Batch, Context
 
@@ -51,18 +52,6 @@ class TrainResult:
     robust: float
     threat: ThreatModel
     seconds: float
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it goes into the checkpoint."""
-
-    epoch: int = 0
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    top_clean: float = 0.0
-    seconds: float = 0.0
 
 
 def train(
@@ -88,7 +77,7 @@ def train(
     if resume is not None:
         if config is not None or options:
             raise UserError("--resume takes the run's own recipe; leave all other training options out")
-        run_dir, state = _read_run(Path(resume))
+        run_dir, state = runstate.read(Path(resume))
         config = train_config(json.loads(state["config"]))
     elif config is None:
         config = train_config(options)
@@ -97,12 +86,14 @@ def train(
     with global_random_state():
         run = Run(config, host, on_event or (lambda event: None))
         if state is not None:
-            run.restore(state)
+            runstate.restore(run, state)
         if dry_run:
             return run.plan()
         if state is None:
             default = f"{config.trainer}-{config.generator}-{Path(config.data).stem}-s{config.seed}"
-            run_dir = logs.new_run_dir(config.out, config.name, "".join(c if c.isalnum() or c in "-_." else "-" for c in default))
+            run_dir = logs.new_run_dir(
+                config.out, config.name, "".join(c if c.isalnum() or c in "-_." else "-" for c in default)
+            )
         with logs.locked(run_dir), stop_on_signal() as stop:
             return run.run(run_dir, stop)
 
@@ -120,18 +111,24 @@ class Run:
         self.device = select_device(config.device)
         self.data = open_data(config.data, root=config.data_root, options=config.data_options, host=host)
         self.threat = ThreatModel(config.norm, config.eps or self.data.budgets[config.norm])
-        self.train_split = self.data.split("train", val_fraction=config.val_fraction, limit=config.limit, device=self.device)
-        self.val_split = self.data.split("val", val_fraction=config.val_fraction, limit=config.val_limit, device=self.device)
+        self.train_split = self.data.split(
+            "train", val_fraction=config.val_fraction, limit=config.limit, device=self.device
+        )
+        self.val_split = self.data.split(
+            "val", val_fraction=config.val_fraction, limit=config.val_limit, device=self.device
+        )
         self.batch_size = min(config.batch_size, len(self.train_split))
         self.steps = len(self.train_split) // self.batch_size  # the rest of each permutation waits for the next epoch
-        self.augment = Augment(config.augment, strength=config.strength, flip=self.data.flip, image_shape=self.data.image_shape)
+        self.augment = Augment(
+            config.augment, strength=config.strength, flip=self.data.flip, image_shape=self.data.image_shape
+        )
         torch.manual_seed(derive_seed(config.seed, "init"))
         encoder = model(self.data.image_shape)
         self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.data.mean, self.data.std)
         self.network.to(self.device)
         momentum = getattr(self.generator, "ema", 0.0) if "embed" in self.generator.needs else 0.0
         self.twin = Twin(self.network, momentum) if momentum else None
-        self.optimizer = _optimizer(self.network, config)
+        self.optimizer = make_optimizer(self.network, config)
         chosen = torch.randperm(len(self.train_split), generator=stream(config.seed, "calibration"))[:CALIBRATION]
         self.calibration = self.train_split.float_images(chosen.to(self.device))
         self.cache: dict[Any, Any] = {}
@@ -144,7 +141,7 @@ class Run:
         try:
             while self.progress.epoch < self.config.epochs:
                 if not self.train_epoch(stop):
-                    self.save(run_dir / "last.pt")
+                    runstate.save(self, run_dir / "last.pt")
                     command = f"scl-defense train --resume {shlex.quote(str(run_dir))}"
                     raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum)
                 record = self.finish_epoch(run_dir)
@@ -188,7 +185,7 @@ class Run:
         batch = Batch(views, self.train_split.labels[chosen], images, self.train_split.indices[chosen])
         adversarial = self.generate(batch, epoch, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.peak_lr * self.schedule(epoch * self.steps + step)
+            group["lr"] = learning_rate(self.config, epoch * self.steps + step, self.config.epochs * self.steps)
         with autocast(self.device, self.config.precision):
             output = self.trainer.step(self.network, batch, adversarial)
         loss = float(output.loss.detach())
@@ -230,7 +227,11 @@ class Run:
         if self.trainer.head == "probe":
             probe.fit_probe(self.network, self.probe_split())
         clean, robust = probe.accuracy(
-            self.network, self.val_split, self.threat, steps=self.config.val_steps, rng=stream(self.config.seed, "val", epoch)
+            self.network,
+            self.val_split,
+            self.threat,
+            steps=self.config.val_steps,
+            rng=stream(self.config.seed, "val", epoch),
         )
         record = {name: value / self.steps for name, value in progress.sums.items()}
         progress.top_clean = max(progress.top_clean, clean)
@@ -240,10 +241,11 @@ class Run:
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
         progress.seconds += time.perf_counter() - started
         if better:
-            self.save(run_dir / "best.pt")
-        self.save(run_dir / "last.pt")
-        return {"epoch": epoch, **record, "val_clean": clean, "val_robust": robust, "seconds": round(progress.seconds, 3),
-                "lr": self.optimizer.param_groups[0]["lr"]}  # fmt: skip
+            runstate.save(self, run_dir / "best.pt")
+        runstate.save(self, run_dir / "last.pt")
+        rate = self.optimizer.param_groups[0]["lr"]
+        record |= {"val_clean": clean, "val_robust": robust, "seconds": round(progress.seconds, 3), "lr": rate}
+        return {"epoch": epoch, **record}
 
     def is_better(self, clean: float, robust: float) -> bool:
         """By robust accuracy (Rice et al. 2020), then clean, among epochs of useful clean accuracy.
@@ -258,42 +260,9 @@ class Run:
 
     def probe_split(self) -> Split:
         split = self.train_split
-        chosen = torch.from_numpy(stratified_subset(split.labels, min(len(split), PROBE_IMAGES), seed=0)).to(self.device)
+        chosen = torch.from_numpy(stratified_subset(split.labels, min(len(split), PROBE_IMAGES), seed=0))
+        chosen = chosen.to(self.device)
         return Split(split.images[chosen], split.labels[chosen], split.indices[chosen])
-
-    def schedule(self, index: int) -> float:
-        """Share of the peak learning rate: linear warm-up, then half a cosine to zero."""
-        total = self.config.epochs * self.steps
-        warm = self.config.warmup * total
-        if index < warm:
-            return (index + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * (index - warm) / max(total - warm, 1)))
-
-    # -- saving and restoring
-
-    def save(self, path: Path) -> None:
-        c = self.config
-        content = {
-            "network": self.network.state_dict(), "model": c.model, "model_options": dict(c.model_options),
-            "model_owner": checkpoint.provenance_of(self.host, "model", c.model),
-            "classes": list(self.data.classes), "image_shape": list(self.data.image_shape),
-            "mean": list(self.data.mean), "std": list(self.data.std), "threat": str(self.threat),
-            "data": json.dumps(self.data.provenance), "data_sha256": self.data.fingerprint("train"),
-            "config": json.dumps(as_dict(c)), "generator": repr(self.generator), "trainer": repr(self.trainer),
-            "plugins": self.host.provenance(), "versions": versions(), "optimizer": self.optimizer.state_dict(),
-            "twin": self.twin.state_dict() if self.twin else None, "random": {"seed": c.seed, "scheme": "derived"},
-            **asdict(self.progress),
-        }  # fmt: skip
-        checkpoint.save(path, content)
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if state["data_sha256"] != self.data.fingerprint("train"):
-            raise UserError(f"data '{self.config.data}' is not what this run began with; restore it or start a new run")
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.twin is not None:
-            self.twin.load_state_dict(state["twin"])
-        self.progress = Progress(**{f.name: copy.copy(state[f.name]) for f in fields(Progress)})
 
     def plan(self) -> dict[str, Any]:
         """Two real steps (the first one warms up), timed on the second; nothing is kept or written."""
@@ -311,26 +280,8 @@ class Run:
         }  # fmt: skip
 
 
-def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=config.peak_lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        network.parameters(), lr=config.peak_lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
-    )
-
-
-def _read_run(run_dir: Path) -> tuple[Path, dict[str, Any]]:
-    path = run_dir / "last.pt" if run_dir.is_dir() else run_dir
-    if not path.exists():
-        raise UserError(f"there is nothing to resume in '{run_dir}': {path.name} is missing; start the run again")
-    content, _ = checkpoint.read(path)
-    if content["epoch"] >= json.loads(content["config"])["epochs"]:
-        raise UserError(f"run '{path.parent}' is finished: all {content['epoch']} epochs are done; benchmark {path.parent / 'best.pt'}")
-    return path.parent, content
-
-
 class _CallableModule(ModuleType):
-    """Importing this module sets ``scl_defense.train`` to it; so that name stays the function it is documented to be."""
+    """Importing this module sets ``scl_defense.train`` to it; calling that name must stay what is documented."""
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return train(*arguments, **keywords)

@@ -35,7 +35,9 @@ def component(cls: type) -> Any:
     are converted; unknown names and values out of range raise ``pydantic.ValidationError``.
     """
     return _pydantic_dataclass(
-        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+        frozen=True,
+        kw_only=True,
+        config=ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True),
     )(cls)
 
 

@@ -21,10 +21,11 @@ ORDER = (
     ("threat", "losses", "registry", "hookspecs", "guard", "runtime"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
-    ("checkpoint", "probe", "logs", "generation"),
+    ("checkpoint", "probe", "logs", "generation", "optim"),
+    ("runstate",),
     ("train",),
     ("testing",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line}
 # What a plugin may use. `models`: a trainer builds the Network. `hookspecs`: the type of `register`.

@@ -17,8 +17,8 @@ from scl_defense.plugins import PluginHost, default_host
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return train(
-        limit=96, batch_size=32, val_limit=48, val_steps=1, epochs=1, generator="corner-noise", model_options={"width": 4},
-        eps="26/255", out=str(tmp_path_factory.mktemp("runs")),
+        limit=96, batch_size=32, val_limit=48, val_steps=1, epochs=1, generator="corner-noise", eps="26/255",
+        model_options={"width": 4}, out=str(tmp_path_factory.mktemp("runs")),
     )  # fmt: skip
 
 
@@ -37,7 +37,9 @@ def test_logits_are_those_of_the_trained_network_and_normalisation_travels_along
     images = torch.rand(5, 1, 8, 8)
     state = checkpoint.read(trained.best)[0]
     encoder = default_host()["model"].get("small-cnn")(width=4)((1, 8, 8))
-    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state["network"].items() if k.startswith("encoder.")})
+    encoder.load_state_dict(
+        {k.removeprefix("encoder."): v for k, v in state["network"].items() if k.startswith("encoder.")}
+    )
     features = encoder.eval()((images - state["mean"][0]) / state["std"][0])
     weight, bias = state["network"]["classifier.weight"], state["network"]["classifier.bias"]
     torch.testing.assert_close(load_classifier(trained.best).network(images), features @ weight.T + bias)
@@ -132,7 +134,10 @@ def bad_files(folder, good):
     }
 
 
-NAMES = ("empty truncated tail flipped html text pickle evil foreign future partial zip nomodel unfit").split()
+NAMES = [
+    "empty", "truncated", "tail", "flipped", "html", "text", "pickle", "evil", "foreign", "future", "partial", "zip",
+    "nomodel", "unfit",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +197,10 @@ def test_a_model_from_a_missing_plugin_says_where_it_came_from(tmp_path):
     )
     result = train(limit=64, batch_size=32, val_limit=32, val_steps=1, epochs=1, generator="none", model="flat",
                    out=str(tmp_path / "runs"), host=PluginHost(files=[plugin]))  # fmt: skip
-    assert load_classifier(result.best, host=PluginHost(files=[plugin])).network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert load_classifier(result.best, host=PluginHost(files=[plugin])).network(torch.rand(2, 1, 8, 8)).shape == (
+        2,
+        10,
+    )
     with pytest.raises(UserError, match=r"no model named 'flat'.*it came from mymodels"):
         load_classifier(result.best)
 
@@ -211,11 +219,10 @@ def test_a_foreign_file_is_offered_to_the_load_checkpoint_hook(tmp_path):
         "        return None\n"
         "    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))\n"
         "    network[1].weight.data.copy_(content['w'])\n"
-        "    return LoadedClassifier(network, tuple('0123456789'), (1, 8, 8), (0.0,), (1.0,), None, None, {}, path, sha256)\n"
+        "    digits = tuple('0123456789')\n"
+        "    return LoadedClassifier(network, digits, (1, 8, 8), (0.0,), (1.0,), None, None, {}, path, sha256)\n"
     )
     loaded = load_classifier(tmp_path / "linear.pt", host=PluginHost(files=[plugin]))
     assert torch.equal(loaded.network(torch.ones(1, 1, 8, 8)), torch.full((1, 10), 64.0))
     with pytest.raises(UserError, match="not written by scl-defense"):
         load_classifier(tmp_path / "linear.pt")
-
-

@@ -12,7 +12,20 @@ import pytest
 from scl_defense.cli.app import run
 from scl_defense.config import TrainConfig
 
-TINY = ["--limit", "96", "--batch-size", "32", "--val-limit", "48", "--val-steps", "1", "--epochs", "1", "-m", "width=4"]
+TINY = [
+    "--limit",
+    "96",
+    "--batch-size",
+    "32",
+    "--val-limit",
+    "48",
+    "--val-steps",
+    "1",
+    "--epochs",
+    "1",
+    "-m",
+    "width=4",
+]
 HEAVY = ("torch", "torchvision", "torchattacks", "art", "sklearn", "scipy")
 
 PROBE = """
@@ -66,7 +79,8 @@ def test_naming_answers_import_nothing_heavy(arguments, code):
 
 
 def test_importing_the_package_imports_neither_torch_nor_a_plugin():
-    code = "import scl_defense, sys; print([m for m in sys.modules if m in ('torch', 'art') or m.startswith('scl_defense_')])"
+    heavy = "[m for m in sys.modules if m in ('torch', 'art') or m.startswith('scl_defense_')]"
+    code = f"import scl_defense, sys; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -125,7 +139,9 @@ def test_train_prints_accuracies_and_the_next_command(capsys, tmp_path):
     captured = capsys.readouterr()
     folder = tmp_path / "adv-supcon-corner-noise-digits-s0"
     assert "clean" in captured.out and "robust (linf:0.1" in captured.out
-    assert captured.out.strip().splitlines()[-1] == f"next: scl-defense benchmark {folder}/best.pt --attacks fgsm,pgd,cw"
+    assert (
+        captured.out.strip().splitlines()[-1] == f"next: scl-defense benchmark {folder}/best.pt --attacks fgsm,pgd,cw"
+    )
     assert "epoch 1/1" in captured.err
     assert all(len(line) <= 100 for line in captured.err.splitlines())
     assert run(["info", str(folder / "best.pt"), "--json"]) == 0
@@ -213,7 +229,18 @@ def test_a_plugin_file_is_listed_used_and_its_faults_are_one_line(capsys, tmp_pa
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, signum, code):
-    arguments = ["train", *TINY[:-4], "--epochs", "100000", "-m", "width=4", "--generator", "none", "--out", "runs of mine"]
+    arguments = [
+        "train",
+        *TINY[:-4],
+        "--epochs",
+        "100000",
+        "-m",
+        "width=4",
+        "--generator",
+        "none",
+        "--out",
+        "runs of mine",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", "from scl_defense.cli import main; main()", *arguments],

@@ -105,6 +105,17 @@ def test_an_exception_leaves_no_trace_and_gets_out(error, images):
     assert_unchanged(module, before)
 
 
+def test_each_module_keeps_its_own_mode_whatever_its_train_method_does(images):
+    """A part that ignores ``train()`` and was switched by hand must be switched back by hand."""
+    module = network()
+    module[2].training = True
+    before = snapshot(module)
+    with frozen(module):
+        use(module, images)
+    assert module[2].training
+    assert_unchanged(module, before)
+
+
 def test_vandalism_inside_is_undone(images):
     """What foreign attack code has been seen to do."""
     module = network()

@@ -301,6 +301,12 @@ def test_zero_rows_have_finite_gradients(name, rows):
     assert embed.grad.abs().max() < 1e8
 
 
+def test_a_zero_row_is_similar_to_nothing():
+    """All similarities of the first two anchors are 0: each picks its positive out of two."""
+    embed = torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 3.0]])
+    assert supcon(embed, torch.tensor([4, 4, 5]), 0.1).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_identical_rows_have_finite_gradients(name):
     embed = torch.ones(10, 4, requires_grad=True)

@@ -17,7 +17,9 @@ def features(seed=0, n=300, d=6, k=4):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, k, n)
     centres = rng.normal(size=(k, d)) * 1.5
-    return torch.tensor(centres[labels] * [1, 5, 0.1, 1, 1, 1] + rng.normal(size=(n, d)), dtype=torch.float32), torch.tensor(labels)
+    return torch.tensor(
+        centres[labels] * [1, 5, 0.1, 1, 1, 1] + rng.normal(size=(n, d)), dtype=torch.float32
+    ), torch.tensor(labels)
 
 
 def test_the_probe_is_regularised_logistic_regression():
@@ -66,7 +68,9 @@ def test_robust_accuracy_of_a_linear_classifier_is_its_closed_form():
     for eps in ("0.05", "0.1", "0"):
         right = (margin > 0).long() == labels
         expected = (right & ((margin.abs() > float(eps) * 5.0) | (eps == "0"))).float().mean().item()
-        clean, robust = probe.accuracy(network, split, ThreatModel("linf", eps), steps=10, rng=stream(0, "x"), batch_size=97)
+        clean, robust = probe.accuracy(
+            network, split, ThreatModel("linf", eps), steps=10, rng=stream(0, "x"), batch_size=97
+        )
         assert clean == pytest.approx(0.9) and robust == pytest.approx(expected)
 
 

@@ -16,7 +16,7 @@ def run(code, *paths, **environment):
     root = Path(scl_defense.__file__).parents[1]
     path = os.pathsep.join(str(p) for p in (*paths, root, os.environ.get("PYTHONPATH", "")) if str(p))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, **environment},

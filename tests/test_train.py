@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scl_defense.config import TrainConfig
 from scl_defense.data import Augment, open_data
 from scl_defense.errors import Interrupted
 from scl_defense.models import Network, Twin
+from scl_defense.optim import learning_rate
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runtime import derive_seed, stream
 from scl_defense.train import Run
@@ -40,7 +42,14 @@ def test_a_run_leaves_checkpoints_recipe_and_metrics(tmp_path):
 
 def test_the_loop_equals_a_plain_loop(tmp_path):
     """Cross-entropy on clean images, written here once more with plain torch: the same weights, bit for bit."""
-    options = {**TINY, "trainer": "cross-entropy", "generator": "none", "out": str(tmp_path), "augment": "weak", "seed": 5}
+    options = {
+        **TINY,
+        "trainer": "cross-entropy",
+        "generator": "none",
+        "out": str(tmp_path),
+        "augment": "weak",
+        "seed": 5,
+    }
     result = train(**options)
     state = random_state()
     data = open_data("digits")
@@ -166,7 +175,9 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 def test_bf16_trains(tmp_path):
-    result = tiny(tmp_path, precision="bf16", generator="contrastive-pgd-online", generator_options={"steps": 1}, epochs=1)
+    result = tiny(
+        tmp_path, precision="bf16", generator="contrastive-pgd-online", generator_options={"steps": 1}, epochs=1
+    )
     assert 0 <= result.robust <= result.clean <= 1
 
 
@@ -227,7 +238,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     with pytest.raises(ComponentError, match="the loss of trainer 'adv-supcon' is"):
         tiny(tmp_path, generator="none", lr=1e30, clip=0.0, epochs=3, batch_size=96)
     for path in tmp_path.rglob("*.pt"):
-        assert all(torch.isfinite(v).all() for v in checkpoint.read(path)[0]["network"].values() if v.is_floating_point())
+        assert all(
+            torch.isfinite(v).all() for v in checkpoint.read(path)[0]["network"].values() if v.is_floating_point()
+        )
 
 
 @pytest.mark.parametrize(
@@ -257,11 +270,12 @@ def test_a_wrong_recipe_is_one_line_and_writes_nothing_useful(tmp_path, options,
 
 
 def test_the_schedule_rises_then_falls_along_a_cosine():
-    run = Run(TrainConfig(**{**TINY, "epochs": 10, "warmup": 0.2}), default_host(), lambda event: None)
-    values = [run.schedule(index) for index in range(30)]
+    config = TrainConfig(lr=2.0, warmup=0.2)
+    values = [learning_rate(config, step, 30) / 2 for step in range(30)]
     assert values[:6] == pytest.approx([(i + 1) / 7 for i in range(6)])
     assert values[6] == 1.0 and values[18] == pytest.approx(0.5) and 0 < values[29] < 0.01
-    assert all(a > b for a, b in zip(values[6:], values[7:], strict=False))
+    assert all(a > b for a, b in pairwise(values[6:]))
+    assert learning_rate(TrainConfig(warmup=0.0), 0, 5) == 3e-3 and learning_rate(TrainConfig(warmup=1.0), 4, 5) < 3e-3
 
 
 def test_the_best_checkpoint_is_the_most_robust_of_useful_clean_accuracy():
@@ -293,7 +307,10 @@ def test_the_twin_averages_weights_and_measures_its_own_statistics():
         torch.testing.assert_close(mine, theirs)
     moved = [b for n, b in twin.network.named_buffers() if "running" in n]
     assert any(not torch.equal(a, b) for a, b in zip(moved, statistics, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip([b for n, b in network.named_buffers() if "running" in n], statistics, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip([b for n, b in network.named_buffers() if "running" in n], statistics, strict=True)
+    )
     assert not twin.network.training
 
 

@@ -107,11 +107,14 @@ class PGD:
 
 @component
 class CW:
-    """Carlini & Wagner's L2 attack (2017) with a binary search over c and a line search per step: CarliniL2Method."""
+    """Carlini & Wagner's L2 attack (2017) with a binary search over c and a line search per step: CarliniL2Method.
+
+    Five doublings from c = 0.1 end at 1.6, too little where margins are large; from 1 they reach 16.
+    """
 
     binary_search_steps: Annotated[int, Field(ge=1, le=100, description="values of c tried, each from scratch")] = 5
     steps: Steps = 50
-    initial_c: Annotated[float, Field(gt=0, allow_inf_nan=False, description="first weight of the margin")] = 0.1
+    initial_c: Annotated[float, Field(gt=0, allow_inf_nan=False, description="first weight of the margin")] = 1.0
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="first step length, in tanh space")] = 0.01
 
     norms: ClassVar[frozenset[str]] = frozenset({"l2"})

@@ -65,7 +65,7 @@ class PGD:
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
-        loss = _LOSSES[self.loss]
+        loss, labels = _LOSSES[self.loss], labels.long()
         with frozen(classifier):
             return ascend(
                 lambda adversarial: loss(classifier(adversarial), labels),
@@ -102,7 +102,7 @@ class Noise:
         with frozen(classifier):
             for draw in range(self.draws if len(images) else 0):
                 point = (threat.random_corner if draw % 2 else threat.random_start)(images, rng)
-                value = margin(classifier(point), labels).to(highest)
+                value = margin(classifier(point), labels.long()).to(highest)
                 higher = value > highest
                 highest = torch.where(higher, value, highest)
                 worst = torch.where(higher.view(-1, 1, 1, 1), point, worst)

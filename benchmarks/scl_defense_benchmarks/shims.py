@@ -6,8 +6,11 @@ Two faults make Carlini-Wagner (CW) report robustness that is not there:
   wins the maximum and the loss is flat: with all logits shifted by -100 nothing is ever found.
   :class:`PositiveLogits` shifts them above zero, which no softmax, margin or decision notices.
 - Both libraries optimise ``atanh(2x - 1)``. A pixel of exactly 0 or 1 sits where the slope of tanh is zero and never
-  moves: on black-and-white images nothing is ever found. :func:`off_the_walls` starts 1e-4 inside the box (1e-6 is
-  still too flat), :func:`smallest_success` brings pixels that did not move back to where they were.
+  moves: on black-and-white images nothing is ever found. :func:`off_the_walls` starts 0.01 inside the box, and
+  :func:`smallest_success` carries the perturbation over to the image itself. The margin matters: with 200 Adam steps
+  of 0.01 a pixel starting 1e-4 from its wall gets no further than 0.0055. Found on black-and-white digits (8x8, a
+  standard CNN, the adapters' defaults) with margins 1e-6, 1e-4, 1e-3 and 1e-2: torchattacks 0, 58, 100 and 100 %, ART
+  8, 21, 95 and 100 %; and the larger margin finds the smaller median distance on grey digits too.
 """
 
 from collections.abc import Iterable
@@ -19,7 +22,7 @@ from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 
-WALL = 1e-4
+WALL = 1e-2
 L2 = ThreatModel("l2", "0")  # for its distance only
 BOX = ThreatModel("linf", "1")  # its ball holds the whole box, so its projection is the box's
 
@@ -64,7 +67,7 @@ class PositiveLogits(LibraryNetwork):
 
 
 def off_the_walls(images: Tensor) -> Tensor:
-    """``images`` with every pixel at least 1e-4 from 0 and 1: where a tanh-space attack may start."""
+    """``images`` with every pixel at least 0.01 from 0 and 1: where a tanh-space attack may start."""
     return images.clamp(WALL, 1 - WALL)
 
 
@@ -77,10 +80,9 @@ def into_box(images: Tensor, examples: Tensor) -> Tensor:
 def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, candidates: Iterable[Tensor]) -> Tensor:
     """Per image the candidate nearest in L2 that ``classifier`` gets wrong; the image itself where none is.
 
-    Candidates, each (N, C, H, W), were made from :func:`off_the_walls` of the images. Each one is also tried with all
-    pixels that moved by less than that margin put back, so a pixel that the attack left alone ends exactly where it
-    was. A failure comes back as the untouched image and never 1e-4 beside it: it must be seen as one that moved
-    nothing.
+    Candidates, each (N, C, H, W), were made from :func:`off_the_walls` of the images. Each one is tried as it is, and
+    with its perturbation carried over to the image: a pixel that the attack left alone is then exactly where it was.
+    A failure comes back as the untouched image and never 0.01 beside it: it must be seen as one that moved nothing.
     """
     best, nearest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
     start = off_the_walls(images)

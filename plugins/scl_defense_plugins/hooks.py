@@ -66,4 +66,6 @@ def register_datasets(register: Register) -> None:
 def register_loggers(register: Register) -> None:
     at = f"{_HERE}.loggers"
     register("jsonl", f"{at}.jsonl:JsonLines", summary="metrics.jsonl in the run's folder, one epoch a line")
-    register("tensorboard", f"{at}.tensorboard:TensorBoard", summary="TensorBoard (pip install scl-defense[tensorboard])")
+    register(
+        "tensorboard", f"{at}.tensorboard:TensorBoard", summary="TensorBoard (pip install scl-defense[tensorboard])"
+    )

@@ -17,7 +17,9 @@ from scl_defense.errors import UserError
 @click.option("--attacks", default="fgsm,pgd,cw", show_default=True, metavar="LIST",
               help="Attacks with options: pgd:steps=40,art:cw,cw:eps=0.5 (see: plugins list attacks).")  # fmt: skip
 @click.option("--data", metavar="NAME|PATH", help="Data set; default: the one it was trained on.")
-@click.option("-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set.")
+@click.option(
+    "-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set."
+)
 @click.option("--data-root", metavar="DIR", help="Folder where data sets lie or are downloaded to.")
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's.")
@@ -55,7 +57,12 @@ def command(
 
     with AttackProgress(quiet=quiet or as_json) as progress:
         result = benchmark(
-            path, plugins=plugins, out=out, progress=progress, command=shlex.join(["scl-defense", *sys.argv[1:]]), **settings
+            path,
+            plugins=plugins,
+            out=out,
+            progress=progress,
+            command=shlex.join(["scl-defense", *sys.argv[1:]]),
+            **settings,
         )
     if as_json:
         common.print_json({**result.to_json(), "file": out})

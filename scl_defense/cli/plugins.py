@@ -20,7 +20,7 @@ def command() -> None:
 @common.plugin_option
 @common.json_option
 def list_(name: str | None, plugins: tuple[str, ...], as_json: bool) -> None:
-    """List everything, one kind (generators, trainers, attacks, models, datasets, loggers), or one component's options."""
+    """List everything, one kind (generators, attacks, models, ...), or one component's options."""
     host = common.host_for(plugins)
     kinds = [kind for kind in KINDS if name in (None, kind, f"{kind}s")]
     if kinds:
@@ -46,7 +46,9 @@ def check(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
 
     reports = [result for entry in entries for result in check_entry(entry)]
     if as_json:
-        common.print_json([{"component": r.component, "check": r.check, "passed": r.passed, "message": r.message} for r in reports])
+        common.print_json(
+            [{"component": r.component, "check": r.check, "passed": r.passed, "message": r.message} for r in reports]
+        )
     else:
         for report in reports:
             click.echo(f"{'pass' if report.passed else 'FAIL'}  {report.component}  {report.check}"
@@ -92,7 +94,9 @@ def _show_all(host: PluginHost, kinds: list[str], as_json: bool, whole: bool) ->
     if as_json:
         aside = [{"plugin": q.plugin, "distribution": q.owner.name, "version": q.owner.version, "reason": q.reason}
                  for q in host.quarantined]  # fmt: skip
-        common.print_json({"plugins": host.provenance(), "components": rows, "quarantined": aside, "conflicts": sorted(conflicts)})
+        common.print_json(
+            {"plugins": host.provenance(), "components": rows, "quarantined": aside, "conflicts": sorted(conflicts)}
+        )
         return
     console = common.console()
     from rich.table import Table
@@ -107,10 +111,15 @@ def _show_all(host: PluginHost, kinds: list[str], as_json: bool, whole: bool) ->
             table.add_row(entry.name, _plain(entry.summary + mark))
         console.print(table)
     if whole:
-        console.print("plugins: " + ", ".join(f"{name} ({owner})" for name, owner in sorted(host.loaded.items())), markup=False)
+        console.print(
+            "plugins: " + ", ".join(f"{name} ({owner})" for name, owner in sorted(host.loaded.items())), markup=False
+        )
     for name, found in conflicts.items():
         owners = " and ".join(str(entry.owner) for entry in found)
-        console.print(f"conflict: '{name}' is registered by {owners}; write {found[0].qualified} or {found[1].qualified}", markup=False)
+        console.print(
+            f"conflict: '{name}' is registered by {owners}; write {found[0].qualified} or {found[1].qualified}",
+            markup=False,
+        )
     for q in host.quarantined:
         console.print(f"set aside: {q.plugin} ({q.owner}): {q.reason}", markup=False)
 

@@ -66,7 +66,11 @@ class TrainProgress(_Bar):
         if self._bar is None:
             return
         total, done = event["epochs"] * event["steps"], event["epoch"] * event["steps"] + event["step"]
-        shown = {"epoch": f"{event['epoch'] + 1}/{event['epochs']}", "loss": f"{event['loss']:.3f}", "rate": f"{self._rate:.0f}"}
+        shown = {
+            "epoch": f"{event['epoch'] + 1}/{event['epochs']}",
+            "loss": f"{event['loss']:.3f}",
+            "rate": f"{self._rate:.0f}",
+        }
         if self._task is None:
             self._task = self._bar.add_task("train", total=total, completed=done, **shown)
         else:

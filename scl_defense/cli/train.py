@@ -44,7 +44,13 @@ def _recipe_options(command: Any) -> Any:
 @common.json_option
 @common.quiet_option
 def command(
-    config_file: str | None, resume: str | None, dry_run: bool, plugins: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any
+    config_file: str | None,
+    resume: str | None,
+    dry_run: bool,
+    plugins: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **flags: Any,
 ) -> None:
     """Train a network; writes RUNS/NAME/ with best.pt, last.pt, config.toml and metrics.jsonl.
 

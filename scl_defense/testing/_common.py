@@ -92,8 +92,10 @@ def one_line(error: Exception) -> str:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Bitwise the same tensor; NaN equals NaN."""
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.shape != second.shape:
+    """Bitwise the same tensor; NaN equals NaN. (What is no tensor is another check's, and counts as the same.)"""
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return type(first) is type(second)
+    if first.shape != second.shape:
         return False
     return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
 

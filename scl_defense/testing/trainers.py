@@ -161,10 +161,12 @@ def check_adversarial_views_matter(trials: Trials) -> None:
     """
     applies_if(not getattr(trials.component, "ignores_adversarial", False))
     network, batch = trials.network(), trials.batch()
-    near, far = (trials.step(copy.deepcopy(network), batch, 1, shift).loss.detach() for shift in (0.02, 0.3))
-    expect(
-        not same(near, far), "the loss ignores the adversarial views; if that is meant, set ignores_adversarial = True"
-    )
+    losses = []
+    for shift in (0.02, 0.3):
+        seed_globals(0)  # what is drawn must not pass for what the views do
+        losses.append(trials.step(copy.deepcopy(network), batch, 1, shift).loss.detach())
+    equal = same(*losses)
+    expect(not equal, "the loss ignores the adversarial views; if that is meant, set ignores_adversarial = True")
 
 
 def check_batch_untouched(trials: Trials) -> None:
@@ -213,23 +215,22 @@ def check_deterministic(trials: Trials) -> None:
 
 
 def check_lonely_classes(trials: Trials) -> None:
-    """A class that appears once, a batch of a single class and one of a single image give a finite loss and finite
-    gradients: a contrastive loss has no positive or no negative there.
+    """A class that appears once and a batch of a single class give a finite loss and finite gradients: a contrastive
+    loss has no positive, or no negative, there.
     """
     batch = trials.batch(4)
     kinds = {
         "in which one class appears once": replace(batch, labels=torch.tensor([0, 0, 0, 1])),
         "in which every class appears once": replace(batch, labels=torch.arange(4)),
         "of a single class": replace(batch, labels=torch.zeros(4, dtype=torch.int64)),
-        "of one image": trials.batch(1),
     }
     for what, odd in kinds.items():
         for count in (0, 1):
             network = trials.network()
-            loss = trials.step(network, odd, count).loss
-            expect(bool(loss.detach().isfinite().all()), f"on a batch {what} the loss is {float(loss.detach())}")
+            loss = trials.step(network, odd, count).loss.sum()
+            expect(math.isfinite(float(loss.detach())), f"on a batch {what} the loss is {float(loss.detach())}")
             if loss.requires_grad:
-                loss.sum().backward()
+                loss.backward()
             bad = [n for n, p in network.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
             if bad:
                 raise Fault(f"on a batch {what} the gradient of {several(bad)} is NaN or infinite")
@@ -240,10 +241,10 @@ def check_learns(trials: Trials) -> None:
     network, batch, losses = trials.network(), trials.batch(16), []
     for _ in range(30):
         network.zero_grad()
-        loss = trials.step(network, batch).loss
-        applies_if(isinstance(loss, Tensor) and loss.requires_grad)  # check_loss says so
+        loss = trials.step(network, batch).loss.sum()
+        applies_if(loss.requires_grad)  # check_loss says so
         losses.append(float(loss.detach()))
-        loss.sum().backward()
+        loss.backward()
         with torch.no_grad():
             length = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
             for parameter in network.parameters():

@@ -106,9 +106,7 @@ def test_cw_finds_the_nearest_point_of_a_linear_network(linear, rng, attack):
     threat = ThreatModel("l2", "1")
     made = attack(network, images, labels, threat, rng())
     assert accuracy(network, made, labels) == 0
-    ratio = threat.distance(images, made) / nearest
-    far = nearest > 1e-3  # below that the start inside the walls and float32 decide
-    assert far.sum() > 50
-    assert ratio[far].min() >= 1 - 1e-4
-    assert ratio[far].median() <= 1.1
-    assert ratio[far].max() <= 1.6
+    distance = threat.distance(images, made)
+    assert (distance >= nearest - 1e-4).all()  # nothing is nearer than the plane
+    assert (distance / nearest).median() <= 1.25
+    assert (distance <= 1.6 * nearest + 0.05).all()  # very near the plane the length of a step decides

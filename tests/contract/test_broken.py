@@ -36,9 +36,7 @@ def test_a_broken_component_fails_the_check_meant_for_it(case):
     assert all(message and "\n" not in message for message in failed.values())
 
 
-@pytest.mark.parametrize(
-    ("kind", "component"), SOUND, ids=[f"{kind}-{component.__name__}" for kind, component in SOUND]
-)
+@pytest.mark.parametrize(("kind", "component"), SOUND, ids=[f"{kind}-{cls.__name__}" for kind, cls in SOUND])
 def test_a_sound_component_passes_every_check(kind, component):
     results = run(kind, component)
     assert len(results) > len(COMPONENT_CHECKS)

@@ -21,16 +21,18 @@ class ContrastivePGD:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     space: Annotated[Literal["pixel", "filterbank", "random-conv"], Field(description="feature space")] = "random-conv"
-    redraw: Annotated[
-        Literal["never", "epoch", "step"], Field(description="when random-conv draws a new network")
-    ] = "epoch"
+    redraw: Annotated[Literal["never", "epoch", "step"], Field(description="when random-conv draws a new network")] = (
+        "epoch"
+    )
     width: Annotated[int, Field(ge=1, le=512, description="maps of random-conv")] = 8
     depth: Annotated[int, Field(ge=1, le=8, description="layers of random-conv")] = 2
     steps: Annotated[int, Field(ge=1, le=10_000, description="gradient steps")] = 10
     rel_step: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="step in units of eps; default 2.5/steps")
     ] = None
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="temperature of the attacked loss")] = 0.5
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="temperature of the attacked loss")] = (
+        0.5
+    )
     start: Annotated[Literal["uniform", "gaussian"], Field(description="start in the ball")] = "uniform"
     perturb: Annotated[Literal["one", "both"], Field(description="perturb view 0, or views 0 and 1")] = "one"
 

@@ -23,7 +23,9 @@ class ContrastivePGDOnline:
     rel_step: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="step in units of eps; default 2.5/steps")
     ] = None
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="temperature of the attacked loss")] = 0.5
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="temperature of the attacked loss")] = (
+        0.5
+    )
     start: Annotated[Literal["uniform", "gaussian"], Field(description="start in the ball")] = "uniform"
     perturb: Annotated[Literal["one", "both"], Field(description="perturb view 0, or views 0 and 1")] = "one"
     ema: Annotated[float, Field(ge=0, lt=1, description="momentum of the averaged twin; 0: the encoder itself")] = 0.0

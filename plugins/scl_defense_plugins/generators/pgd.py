@@ -24,7 +24,8 @@ class PGD:
     loss: Annotated[Literal["ce", "kl", "margin"], Field(description="loss to be maximised")] = "ce"
     steps: Annotated[int, Field(ge=1, le=10_000, description="gradient steps")] = 10
     rel_step: Annotated[
-        float | None, Field(gt=0, allow_inf_nan=False, description="step in units of eps; default 2.5/steps, or 1.25 for one step")
+        float | None,
+        Field(gt=0, allow_inf_nan=False, description="step in units of eps; default 2.5/steps, or 1.25 for one step"),
     ] = None
     start: Annotated[
         Literal["uniform", "gaussian", "zero"] | None, Field(description="start; default uniform, gaussian for kl")

@@ -38,7 +38,7 @@ def filterbank(channels: int, size: int, device: torch.device, orientations: int
     """
     kernels = []
     for scale in (1.0, 2.0):
-        reach = min(int(math.ceil(2.5 * scale)), max((size - 1) // 2, 1))
+        reach = min(math.ceil(2.5 * scale), max((size - 1) // 2, 1))
         grid = torch.arange(-reach, reach + 1, dtype=torch.float64)
         y, x = torch.meshgrid(grid, grid, indexing="ij")
         envelope = torch.exp(-(x**2 + y**2) / (2 * (0.8 * scale) ** 2))

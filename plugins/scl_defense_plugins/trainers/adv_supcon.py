@@ -29,10 +29,12 @@ class AdvSupCon:
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False, description="temperature of SupCon")] = 0.1
     contrast: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of SupCon")] = 1.0
     ce_clean: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of CE on the clean views")] = 1.0
-    ce_adv: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of CE on the adversarial views")] = 1.0
-    head: Annotated[Literal["joint", "probe"], Field(description="classifier: trained along, or a linear probe after")] = (
-        "joint"
+    ce_adv: Annotated[float, Field(ge=0, allow_inf_nan=False, description="weight of CE on the adversarial views")] = (
+        1.0
     )
+    head: Annotated[
+        Literal["joint", "probe"], Field(description="classifier: trained along, or a linear probe after")
+    ] = "joint"
     hidden: Annotated[int, Field(ge=1, description="hidden width of the projector")] = 128
     dim: Annotated[int, Field(ge=1, description="output width of the projector")] = 64
 
@@ -47,7 +49,9 @@ class AdvSupCon:
         loss, metrics = self.contrast * contrast, {"supcon": contrast.detach()}
         if self.head == "joint":
             cross_entropy = F.cross_entropy(network.classifier(features).float(), labels, reduction="none")
-            clean, attacked = cross_entropy.split([len(batch.views) * len(batch.labels), len(adversarial) * len(batch.labels)])
+            clean, attacked = cross_entropy.split(
+                [len(batch.views) * len(batch.labels), len(adversarial) * len(batch.labels)]
+            )
             loss = loss + self.ce_clean * clean.mean()
             metrics["ce_clean"] = clean.detach().mean()
             if len(adversarial):

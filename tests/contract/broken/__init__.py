@@ -21,21 +21,15 @@ class Case:
 
 
 def cases() -> list[Case]:
-    from broken import attacks, components, datasets, generators, loggers, models, trainers
+    from broken import attacks, components, datasets, generators, loggers, meddlers, models, trainers
 
-    return [
-        case
-        for module in (components, generators, trainers, attacks, models, datasets, loggers)
-        for case in module.CASES
-    ]
+    modules = (components, generators, meddlers, trainers, attacks, models, datasets, loggers)
+    return [case for module in modules for case in module.CASES]
 
 
 def sound() -> list[tuple[str, Any]]:
     """(kind, component): what the broken ones are broken versions of."""
     from broken import attacks, datasets, generators, loggers, models, trainers
 
-    return [
-        (module.KIND, component)
-        for module in (generators, trainers, attacks, models, datasets, loggers)
-        for component in module.SOUND
-    ]
+    modules = (generators, trainers, attacks, models, datasets, loggers)
+    return [(module.KIND, component) for module in modules for component in module.SOUND]

@@ -19,15 +19,11 @@ KIND = "attack"
 def pgd(
     classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator, **how: object
 ) -> Tensor:
+    def loss(at: Tensor) -> Tensor:
+        return F.cross_entropy(classifier(at), labels, reduction="none")
+
     with frozen(classifier):
-        return ascend(
-            lambda at: F.cross_entropy(classifier(at), labels, reduction="none"),
-            images,
-            threat,
-            steps=10,
-            rng=rng,
-            **how,
-        )
+        return ascend(loss, images, threat, steps=20, rel_step=0.25, rng=rng, **how)
 
 
 class Base:
@@ -45,15 +41,7 @@ class Sound(Base):
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
     ) -> Tensor:
-        with frozen(classifier):
-            return ascend(
-                lambda at: F.cross_entropy(classifier(at), labels, reduction="none"),
-                images,
-                threat,
-                steps=20,
-                rel_step=0.25,
-                rng=rng,
-            )
+        return pgd(classifier, images, labels, threat, rng)
 
 
 @component

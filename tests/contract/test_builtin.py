@@ -1,0 +1,129 @@
+"""Everything that is registered passes the contract test: whoever registers something is tested without a line here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scl_defense.config import make
+from scl_defense.plugins import default_host
+from scl_defense.testing import check_entry
+
+# Variants beside the defaults. Every registered component is run with its defaults too, unless FAST says otherwise.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "generator contrastive-pgd": [
+        {"space": "pixel"},
+        {"space": "filterbank"},
+        {"space": "random-conv", "redraw": "step"},
+        {"space": "random-conv", "redraw": "never", "perturb": "both", "steps": 2},
+    ],
+    "generator contrastive-pgd-online": [{"ema": 0.9}, {"perturb": "both", "start": "gaussian"}],
+    "generator pgd": [
+        {"loss": "kl"},
+        {"loss": "margin"},
+        {"steps": 1},
+        {"steps": 1, "loss": "margin", "start": "zero"},
+        {"steps": 3, "start": "zero"},
+    ],
+    "trainer adv-supcon": [{"head": "probe"}, {"contrast": 0.0}, {"ce_adv": 0.0}],
+    "trainer cross-entropy": [{"ce_clean": 1.0}],
+    "model resnet18": [{"width": 4, "stem": "imagenet"}],
+    "model wide-resnet": [{"depth": 10, "widen": 1, "dropout": 0.3}],
+    "attack native:pgd": [{"loss": "margin"}, {"random_start": False}],
+    "attack pgd": [{"random_start": False}],
+    "attack art:pgd": [{"random_start": False}],
+}
+# Options that make a default run short. The promises do not depend on them.
+FAST: dict[str, dict[str, Any]] = {
+    "model resnet18": {"width": 4},
+    "model preact-resnet18": {"width": 4},
+    "model wide-resnet": {"depth": 10, "widen": 1},
+    "attack cw": {"c": [1.0], "steps": 40, "lr": 0.003},
+    "attack torchattacks:cw": {"c": [1.0], "steps": 40, "lr": 0.003},
+    "attack art:cw": {"binary_search_steps": 1, "steps": 10, "initial_c": 3.0},
+}
+# Data sets that need files; those are tested with files of their own below and in the data sets' tests.
+NEED_FILES = {"mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "image-folder"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    kind: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, self.name, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+def subjects() -> list[Subject]:
+    host, found = default_host(), []
+    for kind, registry in host.registries.items():
+        for entry in registry:
+            key = f"{kind} {entry.name}"
+            if kind == "dataset" and entry.name in NEED_FILES:
+                continue
+            found += [Subject(kind, entry.name, options) for options in [FAST.get(key, {}), *VARIANTS.get(key, [])]]
+    return found
+
+
+@pytest.mark.parametrize("subject", subjects(), ids=str)
+def test_passes_the_contract(subject):
+    if subject.name == "tensorboard":
+        pytest.importorskip("tensorboard", reason="TensorBoard is an optional extra")
+    results = check_entry(default_host()[subject.kind].entry(subject.name), subject.options)
+    assert [f"{result.check}: {result.message}" for result in results if not result.passed] == []
+    assert len(results) > 5
+
+
+@pytest.mark.parametrize("kind", ["generator", "trainer", "attack", "model", "dataset", "logger"])
+def test_every_kind_has_something_to_test(kind):
+    registered = {entry.name for entry in default_host()[kind]}
+    tested = {subject.name for subject in subjects() if subject.kind == kind}
+    assert tested and tested == registered - (NEED_FILES if kind == "dataset" else set())
+
+
+def test_no_plugin_was_set_aside():
+    assert default_host().quarantined == []
+
+
+def test_the_tables_name_what_is_registered():
+    known = {f"{kind} {entry.name}" for kind, registry in default_host().registries.items() for entry in registry}
+    assert set(VARIANTS) | set(FAST) | {f"dataset {name}" for name in NEED_FILES} <= known
+
+
+@pytest.mark.parametrize("name", sorted(NEED_FILES - {"npz", "image-folder"}))
+def test_data_that_is_not_there_is_a_failed_check_and_no_download(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCL_DEFENSE_DATA_ROOT", str(tmp_path))
+    assert make(default_host(), "dataset", name).download is True
+    failed = [result for result in check_entry(default_host()["dataset"].entry(name)) if not result.passed]
+    assert [result.check for result in failed] == ["available"]
+    assert "downloading is switched off" in failed[0].message and str(tmp_path) in failed[0].message
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The same small data set as an archive and as a folder of images."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        images = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        labels = np.arange(count) % 3
+        (tmp_path / "arrays").mkdir(exist_ok=True)
+        np.savez(tmp_path / "arrays" / f"{split}.npz", images=images, labels=labels)
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            folder = tmp_path / "pictures" / split / "abc"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "options"), [("npz", "arrays", {}), ("image-folder", "pictures", {"size": 8})]
+)
+def test_data_sets_of_ones_own_files(files, name, path, options):
+    results = check_entry(default_host()["dataset"].entry(name), {"path": path, **options}, root=files)
+    assert [f"{result.check}: {result.message}" for result in results if not result.passed] == []
+    assert "splits-apart" in {result.check for result in results}
