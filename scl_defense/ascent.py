@@ -50,6 +50,8 @@ def ascend(
     if len(images) == 0:
         return images.clone()
     if isinstance(start, Tensor):
+        if start.shape != images.shape:
+            raise ComponentError(f"start must have the images' shape {tuple(images.shape)}, not {tuple(start.shape)}")
         adversarial = threat.project(images, start.detach().to(images))
     elif start == "uniform":
         adversarial = threat.random_start(images, rng)

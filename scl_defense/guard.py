@@ -17,7 +17,12 @@ def frozen(*modules: nn.Module, training: bool = False) -> Iterator[None]:
     flags = [(module, module.training) for root in modules for module in root.modules()]
     parameters = [(p, p.requires_grad, p.grad) for root in modules for p in root.parameters()]
     kept_grads = [None if grad is None else grad.clone() for _, _, grad in parameters]
-    buffers = [(b, b.clone()) for root in modules for b in root.buffers()]
+    places = {id(module): module for root in modules for module in root.modules()}.values()
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in places
+        for name, buffer in module._buffers.items()
+    ]
     for root in modules:
         root.train(training)
     for parameter, _, _ in parameters:
@@ -33,8 +38,10 @@ def frozen(*modules: nn.Module, training: bool = False) -> Iterator[None]:
                 parameter.grad = grad
                 if grad is not None:
                     grad.copy_(values)
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer  # forward may have replaced it: self.seen = self.seen + 1
+                if buffer is not None:
+                    buffer.copy_(values)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def supcon(embed: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     """
     _check_rows(embed, labels)
     z = unit(embed)
-    similarity = z @ z.T / temperature
+    similarity = _products(z, z) / temperature
     similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     # The mean over positives needs no R x R mask: it is z_i . (sum of z over the class - z_i) / (count - 1).
     _, group = labels.unique(return_inverse=True)
@@ -62,7 +62,7 @@ def margin(embed: Tensor, labels: Tensor, gap: float = 1.0) -> Tensor:
     """
     _check_rows(embed, labels)
     z = unit(embed)
-    squared = (2 - 2 * z @ z.T).clamp(min=0)
+    squared = (2 - 2 * _products(z, z)).clamp(min=0)
     # sqrt has an infinite slope at 0; the floor keeps identical embeddings of two classes finite.
     distance = (squared + 1e-12).sqrt()
     same = labels[:, None] == labels[None, :]
@@ -81,7 +81,7 @@ def infonce(embed: Tensor, references: Tensor, temperature: float = 0.5, *, excl
     """
     if len(embed) < 2:
         raise ValueError("infonce needs at least two images: with one there is no negative and no gradient")
-    scores = unit(embed) @ unit(references).T / temperature
+    scores = _products(unit(embed), unit(references)) / temperature
     own = scores.diagonal()
     if exclude is not None:
         scores = scores.masked_fill(
@@ -97,3 +97,9 @@ def _check_rows(embed: Tensor, labels: Tensor) -> None:
 
 def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    # Autocast would compute the similarities in bfloat16: off by 0.02 at temperature 0.1, and so the loss.
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right.T

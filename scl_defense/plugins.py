@@ -4,11 +4,13 @@ pluggy ignores a misspelt hook until asked, a function without its marker always
 point, and loses every answer when one plugin raises. So each plugin is loaded, checked and called by itself here.
 """
 
+import copy
 import hashlib
 import importlib.util
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,10 +57,14 @@ class PluginHost:
             self._pm.trace.root.setwriter(lambda text: sys.stderr.write(text))
             self._pm.enable_tracing()
         off = set(disabled)
-        for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+        taken = Counter(point.name for point in points)
+        for point in points:
             owner = _owner_of(point)
             if not off & {point.name, owner.name}:
-                self._quarantine_on_error(point.name, owner, point.load)
+                # Two distributions may both call their entry point "plugin".
+                name = point.name if taken[point.name] == 1 else f"{owner.name}:{point.name}"
+                self._quarantine_on_error(name, owner, point.load)
         for file in files:
             self._load_file(Path(file))
 
@@ -76,7 +82,10 @@ class PluginHost:
         for name in list(self.loaded):
             plugin = self._pm.get_plugin(name)
             if hasattr(plugin, "register_commands"):
-                self._guarded(name, self.loaded[name], lambda p=plugin: self._only(p, "register_commands", cli=cli))
+                owner = self.loaded[name]
+                if not self._guarded(name, owner, lambda p=plugin: self._only(p, "register_commands", cli=cli)):
+                    # Its components stay usable, so it stays in the record of what made a result.
+                    self.loaded[name] = owner
 
     def provenance(self) -> list[dict[str, str]]:
         """Plugins and versions, as every checkpoint and result records them."""
@@ -90,7 +99,10 @@ class PluginHost:
     def _load_file(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"plugin file '{path}' does not exist; --plugin takes the path of one Python file")
-        owner = Owner(path.stem, hashlib.sha256(path.read_bytes()).hexdigest()[:12], str(path))
+        try:
+            owner = Owner(path.stem, hashlib.sha256(path.read_bytes()).hexdigest()[:12], str(path))
+        except OSError as error:
+            raise UserError(f"plugin file '{path}' cannot be read: {error.strerror}") from None
 
         def load() -> ModuleType:
             name = f"scl_defense_file_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}_{path.stem}"
@@ -126,7 +138,7 @@ class PluginHost:
     def _guarded(self, name: str, owner: Owner, action: Any) -> bool:
         try:
             action()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())
             reason = text if isinstance(error, ComponentError) else f"{type(error).__name__}: {text}"
             self.quarantined.append(Quarantined(name, owner, reason, traceback.format_exc()))
@@ -148,8 +160,10 @@ class PluginHost:
 
             if hasattr(plugin, f"register_{kind}s"):
                 self._only(plugin, f"register_{kind}s", register=register)
+        filled = {kind: copy.deepcopy(registry) for kind, registry in self.registries.items()}
         for kind, arguments, keywords in collected:
-            self.registries[kind].add(*arguments, owner=owner, **keywords)
+            filled[kind].add(*arguments, owner=owner, **keywords)
+        self.registries = filled
 
     def _only(self, plugin: Any, hook: str, **arguments: Any) -> Any:
         others = [other for other in self._pm.get_plugins() if other is not plugin]
@@ -160,7 +174,7 @@ def _owner_of(point: EntryPoint) -> Owner:
     dist = point.dist
     if dist is None:
         return Owner(point.name, "unknown", point.value)
-    return Owner(dist.name, dist.version, point.value)
+    return Owner(dist.name or point.name, dist.version or "unknown", point.value)  # a damaged dist-info has neither
 
 
 def _hooks() -> list[str]:

@@ -50,7 +50,7 @@ class Entry:
         except Exception as error:
             raise ComponentError(
                 f"{self.kind} '{self.name}' of {self.owner} cannot be imported from {self.target}: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
 
 
@@ -95,10 +95,9 @@ class Registry:
 
     def entry(self, name: str) -> Entry:
         """Raises :class:`UserError` with the nearest right name, or naming both owners of an ambiguous one."""
-        found = self._entries.get(name)
-        if not found:
-            owner, _, bare = name.partition(":")
-            found = [entry for entry in self._entries.get(bare, []) if entry.owner.name == owner]
+        owner, _, bare = name.partition(":")
+        qualified = [entry for entry in self._entries.get(bare, []) if entry.owner.name == owner]
+        found = self._entries.get(name, []) + qualified
         if not found:
             raise UserError(
                 f"there is no {self.kind} named '{name}'{nearest(name, self._entries)} "

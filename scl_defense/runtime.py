@@ -39,7 +39,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     """A 63-bit seed from (seed, purpose, counters): streams that need no hidden state, so resuming is exact."""
-    digest = hashlib.blake2b(repr((seed, purpose, counters)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((int(seed), purpose, tuple(map(int, counters)))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

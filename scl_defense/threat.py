@@ -22,8 +22,8 @@ L1_SHARE = 0.01
 def parse_eps(text: str | float | int) -> Fraction:
     """``"8/255"``, ``"0.1"`` or a number as an exact fraction. Raises :class:`UserError` unless finite and >= 0."""
     written = str(text).strip()
-    if not _NUMBER.fullmatch(written):
-        raise UserError(f"eps {written!r} is not a radius; it must be >= 0 and written like 8/255 or 0.1")
+    if len(written) > 50 or not _NUMBER.fullmatch(written):
+        raise UserError(f"eps {written[:50]!r} is not a radius; it must be >= 0 and written like 8/255 or 0.1")
     top, _, bottom = written.partition("/")
     if bottom and Fraction(bottom) == 0:
         raise UserError(f"eps {written!r} divides by zero; write it like 8/255 or 0.1")
@@ -43,6 +43,13 @@ class ThreatModel:
 
     norm: str
     eps: str
+
+    def __eq__(self, other: object) -> bool:
+        same_kind = isinstance(other, ThreatModel)
+        return same_kind and (self.norm, parse_eps(self.eps)) == (other.norm, parse_eps(other.eps))
+
+    def __hash__(self) -> int:
+        return hash((self.norm, parse_eps(self.eps)))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", str(self.norm).lower())
@@ -100,13 +107,16 @@ class ThreatModel:
         if self.norm == "linf":
             delta = (adversarial - images).clamp(-radius, radius)
             return (images + delta).clamp(0, 1)
-        delta = _wide(adversarial - images).flatten(1)
         origin = _wide(images).flatten(1)
+        delta = _wide(adversarial).flatten(1) - origin
         size = delta.abs()
         cap = torch.where(delta > 0, 1 - origin, origin).clamp(min=0)  # how far the box lets each coordinate go
         moved = _shrink_l2(size, cap, radius) if self.norm == "l2" else _shrink_l1(size, cap, radius)
-        projected = (origin + delta.sign() * moved).to(images.dtype).view_as(images)
-        return projected.clamp(0, 1)
+        projected = (origin + delta.sign() * moved).to(images.dtype)
+        # Rounded outward: back by one step of the dtype. On flat images all errors have one sign and add up.
+        outward = (_wide(projected) - origin).abs() > moved
+        projected = torch.where(outward, projected.nextafter(images.flatten(1)), projected)
+        return projected.view_as(images).clamp(0, 1)
 
     def random_start(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """A uniform point of the ball around each image, then projected into the box."""
@@ -192,11 +202,16 @@ def _shrink_l2(size: Tensor, cap: Tensor, radius: float) -> Tensor:
     free = squares.sum(1, keepdim=True) - squares.cumsum(1) + squares  # not yet cut below break k
     cut = caps.cumsum(1) - caps
     value_at_break = breaks.square() * free + cut
-    index = (value_at_break >= radius**2).to(torch.uint8).argmax(1, keepdim=True)  # first break at or past the radius
+    reached = value_at_break >= radius**2
+    reached[:, -1] = True  # true but for rounding: at the last break nothing is scaled and the norm is too large
+    index = reached.to(torch.uint8).argmax(1, keepdim=True)  # first break at or past the radius
     # Cancellation in the running sums must not make the radicand negative.
     scale = ((radius**2 - cut.gather(1, index)).clamp(min=0) / free.gather(1, index).clamp(min=1e-300)).sqrt()
+    # ... nor carry the scale out of its interval: between equal breaks the quotient above is all rounding.
+    low = torch.where(index > 0, breaks.gather(1, (index - 1).clamp(min=0)), 0)
+    scale = torch.minimum(torch.maximum(scale, low), breaks.gather(1, index))
     result = boxed.clone()
-    result[outside] = torch.minimum(scale.clamp(max=1.0) * size, cap)
+    result[outside] = torch.minimum(scale * size, cap)
     return result
 
 
@@ -218,10 +233,12 @@ def _shrink_l1(size: Tensor, cap: Tensor, radius: float) -> Tensor:
     step = breaks.diff(dim=1, append=breaks[:, -1:])
     start = torch.minimum(size, cap).sum(1, keepdim=True)
     after = start + (slope * step).cumsum(1)  # the sum at the end of each interval
-    index = (after <= radius).to(torch.uint8).argmax(1, keepdim=True)
+    reached = after <= radius
+    reached[:, -1] = True  # true but for rounding: past the last break everything is zero
+    index = reached.to(torch.uint8).argmax(1, keepdim=True)
     before = after.gather(1, index) - (slope * step).gather(1, index)
     # slope is 0 only where the interval changes nothing, and such an interval is never the first to pass the radius.
-    lam = breaks.gather(1, index) + (before - radius) / (-slope.gather(1, index)).clamp(min=1)
+    lam = breaks.gather(1, index) + (before - radius).clamp(min=0) / (-slope.gather(1, index)).clamp(min=1)
     result = boxed.clone()
     result[outside] = torch.minimum((size - lam).clamp(min=0), cap)
     return result

@@ -170,6 +170,21 @@ def test_preact_resnet18_equals_its_definition():
     assert torch.allclose(encoder(images), preact_reference(images, encoder.state_dict()), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"), [((1, 8, 8), (1, 2, 2, 1)), ((3, 15, 20), (1, 2, 2, 1)), ((1, 28, 28), (1, 2, 2, 2))]
+)
+def test_small_cnn_equals_its_definition(shape, strides):
+    torch.manual_seed(0)
+    images = torch.rand(4, *shape)
+    encoder = lively(build("small-cnn", shape, width=4), images)
+    state, x = encoder.state_dict(), images
+    for k, stride in enumerate(strides):
+        x = F.conv2d(x, state[f"stages.{3 * k}.weight"], stride=stride, padding=1)
+        x = bn_relu(x, state, f"stages.{3 * k + 1}")
+    assert encoder.feature_dim == 4 * x.shape[1] == 32 * 4
+    assert torch.allclose(encoder(images), F.adaptive_avg_pool2d(x, 2).flatten(1), atol=1e-5)
+
+
 @pytest.mark.parametrize(("depth", "widen"), [(10, 1), (16, 2)])
 def test_wide_resnet_equals_its_definition(depth, widen):
     torch.manual_seed(0)
@@ -216,18 +231,20 @@ def test_images_that_are_too_small_are_refused_in_words(name):
 
 
 def test_the_small_cnn_learns_the_digits():
-    """Cross-entropy for some seconds; a linear classifier on the pixels stays near 95 % on this split."""
+    """Cross-entropy for some seconds; a linear classifier on the pixels reaches 96 % on this split."""
     data = open_data("digits")
     train, test = data.split("train", val_fraction=0), data.split("test")
     torch.manual_seed(0)
     network = Network(build("small-cnn", data.image_shape), data.num_classes, data.mean, data.std)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=20 * 12)
     images = train.float_images()
-    for _ in range(12):
+    for _ in range(20):
         for idx in torch.randperm(len(train)).split(128):
             optimizer.zero_grad()
             F.cross_entropy(network(images[idx]), train.labels[idx]).backward()
             optimizer.step()
+            schedule.step()
     network.eval()
     with torch.no_grad():
         accuracy = (network(test.float_images()).argmax(1) == test.labels).float().mean().item()

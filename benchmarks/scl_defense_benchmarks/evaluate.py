@@ -49,9 +49,10 @@ def benchmark(
     """Evaluate a trained checkpoint, or a network of your own, on the test split.
 
     checkpoint: a file, or an ``nn.Module`` from images in [0, 1] to logits; the latter needs ``data`` and stays on its
-    device unless ``device`` names one. data, data_options: default: what the checkpoint was trained on. attacks: see :func:`scl_defense_benchmarks.battery.parse_battery`. norm, eps:
-    the main ball; default: the checkpoint's, else Linf at the data's usual radius. n: a fixed stratified subset of so
-    many test images. out: where the result is written as JSON. command: recorded in the result as it stands.
+    device unless ``device`` names one. attacks: see :func:`scl_defense_benchmarks.battery.parse_battery`. data,
+    data_options: default: what the checkpoint was trained on. norm, eps: the main ball; default: the checkpoint's, else
+    Linf at the data's usual radius. n: a fixed stratified subset of so many test images. out: where the result is
+    written as JSON. command: recorded in the result as it stands.
 
     Raises :class:`UserError` before anything is attacked: no data, a checkpoint that does not fit the data, a
     battery that cannot be planned. An attack that fails later becomes a row of the result.
@@ -175,7 +176,7 @@ class _Subject:
 def _open_subject(checkpoint: str | Path | nn.Module, host: PluginHost, device: str) -> _Subject:
     if isinstance(checkpoint, nn.Module):
         network = checkpoint if device == "auto" else checkpoint.to(select_device(device))
-        tensor = next((*network.parameters(), *network.buffers()), torch.empty(0))
+        tensor = next(iter((*network.parameters(), *network.buffers())), torch.empty(0))
         return _Subject(network, tensor.device, {"path": None, "network": type(checkpoint).__qualname__})
     from scl_defense.checkpoint import load_classifier
 

@@ -69,7 +69,7 @@ def examine(
         return [CheckResult(name, BUILT, False, one_line(error))]
     subject, results = prepare(instance, name), [CheckResult(name, BUILT, True)]
     for check in checks:
-        with global_random_state(), _settings_kept():
+        with global_random_state(), settings_kept():
             try:
                 check(subject)
             except NotApplicable:
@@ -170,7 +170,7 @@ def _global_state() -> dict[str, Any]:
 
 
 @contextmanager
-def _settings_kept() -> Iterator[None]:
+def settings_kept() -> Iterator[None]:
     before = {name: get() for name, (get, _) in _SETTINGS.items()}
     try:
         yield

@@ -13,7 +13,15 @@ from scl_defense.generation import generate
 from scl_defense.models import Network, Twin
 from scl_defense.runtime import stream
 from scl_defense.testing import _worlds as worlds
-from scl_defense.testing._common import applies_if, changes, global_state_watched, network_state, same, seed_globals
+from scl_defense.testing._common import (
+    applies_if,
+    changes,
+    global_state_watched,
+    network_state,
+    same,
+    seed_globals,
+    settings_kept,
+)
 from scl_defense.threat import ThreatModel
 from scl_defense.types import NEEDS, Batch, Context
 
@@ -42,7 +50,7 @@ class _Spy:
     def __call__(self, batch: Any, context: Context) -> Tensor:
         none = batch.views[:0].clone()
         before = [network_state(network) for network in self.lent]
-        with global_state_watched() as self.moved:
+        with settings_kept(), global_state_watched() as self.moved:
             self.output = self.generator(batch, context)
         for state, network in zip(before, self.lent, strict=True):
             self.disturbed += changes(state, network_state(network))
@@ -138,7 +146,9 @@ class Trials:
             generator=f"generator '{self.name}'",
             touched=set() if touched is None else touched,
         )
-        lent = [part for part in (network, encoder) if part is not None] if needs & {"embed", "logits"} else []
+        lent: list[Network] = []
+        if network is not None and encoder is not None and needs & {"embed", "logits"}:
+            lent = [network] if encoder is network else [network, encoder]
         given = {
             "views": batch.views, "images": batch.images, "indices": batch.indices, "labels": batch.labels,
             "calibration": context.calibration,
@@ -150,7 +160,7 @@ class Trials:
         generate(spy, batch, context, network=network, encoder=encoder)
         after = {} if network is None else network_state(network)
         where = f"{threat}, {len(batch.labels)} images {'x'.join(map(str, shape))}"
-        disturbed = spy.disturbed + changes(outside, after)
+        disturbed = sorted({*spy.disturbed, *changes(outside, after)})
         return Trial(where, threat, before["views"], spy.output, changes(before, given), disturbed, spy.moved)
 
     def output(self, batch: Batch, threat: ThreatModel = worlds.LINF, **how: Any) -> Any:

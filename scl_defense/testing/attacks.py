@@ -23,6 +23,7 @@ from scl_defense.testing._common import (
     network_state,
     same,
     seed_globals,
+    settings_kept,
     several,
 )
 from scl_defense.threat import NORMS, ThreatModel
@@ -84,7 +85,7 @@ class Trials:
         given = {"the images": images, "the labels": labels}
         before, state = {name: value.clone() for name, value in given.items()}, network_state(classifier)
         seed_globals(global_seed)  # so that drawing from them is one failure, not all
-        with global_state_watched() as moved:
+        with settings_kept(), global_state_watched() as moved:
             output = self.component(classifier, images, labels, threat, stream(0, "attack"))
         where = f"{threat}, {len(images)} images {'x'.join(map(str, images.shape[1:]))}"
         disturbed = changes(state, network_state(classifier))
@@ -191,9 +192,10 @@ def check_classifier_untouched(trials: Trials) -> None:
 
 def check_global_state(trials: Trials) -> None:
     """Randomness comes from ``rng`` alone: global generators are neither moved nor read; torch's settings stay."""
+    for trial in trials.grid:
+        expect_unmoved(trial.moved)
     threat = trials.threats[0]
     first, again = (trials.call(*worlds.pictures(5, worlds.GREY), threat, global_seed=seed) for seed in (1, 2))
-    expect_unmoved(first.moved)
     applies_if(trials.repeatable)
     expect(same(first.output, again.output), "its output depends on a global random state; draw from rng")
 

@@ -19,7 +19,11 @@ NAMES: list[str] = []
 hooks.register_attacks(lambda name, target, *, summary: NAMES.append(name))
 RADII = {"linf": "0.3", "l2": "1.5", "l1": "8"}
 # Options under which the slow ones are quick; the defaults are used in the tests of the evaluation.
-QUICK = {"cw": {"steps": "120"}, "torchattacks:cw": {"steps": "120"}, "art:cw": {"steps": "10", "binary_search_steps": "4"}}
+QUICK = {
+    "cw": {"steps": "120"},
+    "torchattacks:cw": {"steps": "120"},
+    "art:cw": {"steps": "10", "binary_search_steps": "4"},
+}
 
 
 def all_cases():

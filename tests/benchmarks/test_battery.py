@@ -47,7 +47,8 @@ def test_what_cannot_be_parsed(text, message):
 
 
 def test_options_reach_the_component_and_lists_are_written_with_plus(host):
-    plan = plan_attacks("pgd:steps=40:random_start=false,cw:c=1+10+100,art:cw:lr=1e-1", host=host, threat=MAIN, budgets=BUDGETS)
+    text = "pgd:steps=40:random_start=false,cw:c=1+10+100,art:cw:lr=1e-1"
+    plan = plan_attacks(text, host=host, threat=MAIN, budgets=BUDGETS)
     assert [planned.attack for planned in plan.attacks] == [
         torchattacks_adapter.PGD(steps=40, random_start=False),
         torchattacks_adapter.CW(c=(1, 10, 100)),

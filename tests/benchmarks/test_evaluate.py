@@ -307,6 +307,40 @@ def test_a_network_that_the_attack_changes_is_restored_before_judging(images, la
     assert result.attacks[1].broken == 20
 
 
+def test_a_network_left_in_training_mode_is_judged_in_eval_mode(network, digit_images):
+    """Dropout on and batch statistics in use: other labels, and other statistics for the next batch."""
+
+    def careless(classifier, images, labels, threat, rng):
+        made = native.FGSM()(classifier, images, labels, threat, rng)
+        classifier.train()
+        classifier(torch.rand_like(images) * 0.1)
+        return made
+
+    modes = []
+    handle = network.dropout.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    kept, left = (run(*digit_images, attack, network=network) for attack in (native.FGSM(), Planted(careless)))
+    handle.remove()
+    assert any(modes)  # it did train for a moment
+    assert kept.attacks[0].outcomes == left.attacks[0].outcomes
+    assert kept.worst_cases == left.worst_cases
+
+
+def test_what_an_attack_draws_from_global_generators_does_not_reach_the_next(images, labels):
+    seen = []
+
+    def watch(classifier, images, labels, threat, rng):
+        seen.append(float(torch.rand(())))
+        return first_pixel(images, 0.01)
+
+    def greedy(classifier, images, labels, threat, rng):
+        torch.rand(1000)
+        return first_pixel(images, 0.02)
+
+    for first in (HONEST, Planted(greedy)):
+        run(images, labels, first, Planted(watch), batch_size=COUNT)
+    assert seen[0] == seen[1]
+
+
 def test_the_network_and_the_global_state_come_back(network, digits):
     network.train()
     network.norm1.eval()
@@ -532,7 +566,8 @@ def test_every_batch_has_its_own_seed_and_every_label_its_own(images, labels):
 
     run(images, labels, remember("a"), remember("b"), batch_size=10)
     first = {name: list(draws) for name, draws in seen.items()}
-    assert len(set(first["a"] + first["b"])) == 8
+    for source in (0, 1):  # the passed generator, and torch's own
+        assert len({draws[source] for draws in first["a"] + first["b"]}) == 8
     seen.clear()
     torch.manual_seed(123)
     run(images, labels, remember("a"), remember("b"), batch_size=10)

@@ -21,7 +21,8 @@ class HybridPattern:
     brought back into the threat ball around x (Zhang et al. 2022, arXiv 2203.04607). No network, no gradient, no label
     and no chance: what it makes depends on the image alone, so it can be made once and stored.
 
-    The paper's setting for 299 x 299 photographs is tile=50, ring=5, sigma=4; the defaults are for small images.
+    The authors' code has 6 x 6 coloured tiles on 299 x 299 photographs and sigma=4; these rings are black and white,
+    and the defaults are for small images.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -46,7 +47,7 @@ class HybridPattern:
         return 1 - torch.floor(distance / self.ring) % 2
 
     def low_pass(self, images: Tensor) -> Tensor:
-        """Gaussian blur, cut off at two sigma as in the paper's code; the border is repeated outwards."""
+        """Gaussian blur, cut off at two sigma as in the authors' code; the border is repeated outwards."""
         reach = max(1, math.ceil(2 * self.sigma))
         line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / self.sigma) ** 2).to(images)
         kernel = (line / line.sum()).repeat(images.shape[1], 1, 1, 1)  # (C, 1, 1, 2 * reach + 1)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from scl_defense_example.hybrid_pattern import HybridPattern
 
 from scl_defense import ThreatModel
 from scl_defense.testing import assert_contract
 from scl_defense.types import Context, GeneratorBatch
-from scl_defense_example.hybrid_pattern import HybridPattern
 
 
 @pytest.mark.parametrize("pattern", ["circle", "square", "rhombus"])

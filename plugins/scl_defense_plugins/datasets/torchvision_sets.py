@@ -4,6 +4,7 @@ mean and std are the customary published ones, measured on the training images i
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -105,7 +106,10 @@ def _open(name: str, root: Path, files: Sequence[str], download: bool, **which: 
     """
     import torchvision.datasets
 
-    factory = getattr(torchvision.datasets, name)
+    factory, lock = getattr(torchvision.datasets, name), root / f".{name}.lock"
+    if lock.exists():  # another run of a study may be unpacking these very files; a read-only folder cannot be locked
+        with suppress(OSError), FileLock(lock):
+            pass
     missing = [file for file in files if not (root / file).exists()]
     if not missing:
         return _read(factory, name, root / files[0], root=root, **which)
@@ -115,7 +119,7 @@ def _open(name: str, root: Path, files: Sequence[str], download: bool, **which: 
         raise UserError(f"{name} is not there: {place} is missing and downloading is switched off (offline); {remedy}")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):  # several runs of a study may start on an empty folder at once
+        with FileLock(lock):
             return factory(root=root, download=True, **which)
     except Exception as error:  # urllib, ssl, tarfile, zlib and torchvision each raise their own
         raise UserError(

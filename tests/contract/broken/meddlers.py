@@ -234,7 +234,7 @@ class FindsTheNetwork(Base):
 
     def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
         view, network = batch.views[0], up_the_stack("network", Network)
-        shift = 0.0 if network is None else float(network.classifier.weight.sum())
+        shift = 0.0 if network is None else float(network.classifier.weight.detach().sum())
         return context.threat.project(view, noise(batch, context)[0] + 0.01 * np.sin(shift))[None]
 
 

@@ -223,14 +223,17 @@ class KeepsQueue(Base):
 
 @component
 class SpreadOfOneImage(Base):
-    """The standard deviation inside a class that has one image is NaN."""
+    """The variance inside a class that has one image is NaN."""
 
     views: ClassVar[int] = 1
 
     def loss(self, network: Network, batch: Batch, adversarial: Tensor) -> Tensor:
         features = network.features(batch.views[0])
-        spread = torch.stack([features[batch.labels == label].std(0).mean() for label in batch.labels.unique()]).mean()
-        return super().loss(network, batch, adversarial) + 0.1 * spread
+        variances = []
+        for label in batch.labels.unique():
+            mine = features[batch.labels == label]
+            variances.append((mine - mine.mean(0)).square().sum() / (len(mine) - 1))
+        return super().loss(network, batch, adversarial) + 0.01 * torch.stack(variances).mean()
 
 
 @component
