@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from scl_defense.config import make
-from scl_defense.errors import ComponentError, UserError
+from scl_defense.errors import ComponentError, SclDefenseError, UserError
 from scl_defense.models import Network
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.threat import ThreatModel
@@ -53,6 +53,7 @@ class LoadedClassifier:
     data_options: Mapping[str, Any]
     path: Path
     sha256: str
+    data_root: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -172,7 +173,7 @@ def load_classifier(
     try:
         content, sha256 = read(path)
     except UserError as error:
-        loaded = host.call("load_checkpoint", path=path, options=dict(options or {})) if path.is_file() else None
+        loaded = _foreign(host, path, options or {}) if path.is_file() else None
         if loaded is None:
             raise error
         loaded.network.to(device).eval()
@@ -204,11 +205,22 @@ def load_classifier(
         threat=ThreatModel.parse(content["threat"]),
         data=config.get("data"),
         data_options=config.get("data_options", {}),
+        data_root=config.get("data_root"),
         path=path,
         sha256=sha256,
         meta={name: value for name, value in content.items() if name not in ("network", "optimizer", "twin")}
         | {"config": config},
     )
+
+
+def _foreign(host: PluginHost, path: Path, options: Mapping[str, Any]) -> LoadedClassifier | None:
+    try:
+        return host.call("load_checkpoint", path=path, options=dict(options))
+    except SclDefenseError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ComponentError(f"a load_checkpoint hook failed on '{path}': {type(error).__name__}: {text}") from error
 
 
 def provenance_of(host: PluginHost, kind: str, name: str) -> str:

@@ -109,6 +109,7 @@ def bad_files(folder, good):
     flipped[len(payload) // 2] ^= 1
     torch.save({"format": "x", "weights": Evil(folder / "ran")}, folder / "evil.pt")
     torch.save({"conv.weight": torch.zeros(2)}, folder / "foreign.pt")
+    torch.save({"losses": [1, 2]}, folder / "dict.pt")
     torch.save({"format": "scl-defense-checkpoint/99"}, folder / "future.pt")
     torch.save({"format": checkpoint.FORMAT, "network": {}}, folder / "partial.pt")
     with zipfile.ZipFile(folder / "other.pt", "w") as archive:
@@ -125,7 +126,8 @@ def bad_files(folder, good):
         "text": (b"hello", "no zip file"),
         "pickle": (pickle.dumps(Evil(folder / "ran")), "no zip file"),
         "evil": ((folder / "evil.pt").read_bytes(), "would run code when loaded"),
-        "foreign": ((folder / "foreign.pt").read_bytes(), "not written by scl-defense"),
+        "foreign": ((folder / "foreign.pt").read_bytes(), "bare weights .* name their network with --model"),
+        "other": ((folder / "dict.pt").read_bytes(), "not written by scl-defense"),
         "future": ((folder / "future.pt").read_bytes(), "this version reads"),
         "partial": ((folder / "partial.pt").read_bytes(), "lacks model"),
         "zip": ((folder / "other.pt").read_bytes(), "damaged"),
@@ -135,8 +137,8 @@ def bad_files(folder, good):
 
 
 NAMES = [
-    "empty", "truncated", "tail", "flipped", "html", "text", "pickle", "evil", "foreign", "future", "partial", "zip",
-    "nomodel", "unfit",
+    "empty", "truncated", "tail", "flipped", "html", "text", "pickle", "evil", "foreign", "other", "future", "partial",
+    "zip", "nomodel", "unfit",
 ]  # fmt: skip
 
 
@@ -224,5 +226,5 @@ def test_a_foreign_file_is_offered_to_the_load_checkpoint_hook(tmp_path):
     )
     loaded = load_classifier(tmp_path / "linear.pt", host=PluginHost(files=[plugin]))
     assert torch.equal(loaded.network(torch.ones(1, 1, 8, 8)), torch.full((1, 10), 64.0))
-    with pytest.raises(UserError, match="not written by scl-defense"):
+    with pytest.raises(UserError, match="bare weights"):  # without that plugin: the benchmark layer's own reader
         load_classifier(tmp_path / "linear.pt")

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +35,10 @@ def benchmark(
     data: str | None = None,
     data_options: Mapping[str, Any] | None = None,
     data_root: str | Path | None = None,
+    model: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     norm: str | None = None,
     eps: str | float | None = None,
     n: int | None = None,
@@ -57,16 +61,20 @@ def benchmark(
     Raises :class:`UserError` before anything is attacked: no data, a checkpoint that does not fit the data, a
     battery that cannot be planned. An attack that fails later becomes a row of the result.
     """
-    host = default_host(plugins)
-    subject = _open_subject(checkpoint, host, device)
-    name = data or subject.data
-    if name is None:
-        raise UserError("the checkpoint does not say which data it belongs to; name the data set with data (--data)")
     from scl_defense.data import open_data
 
-    if data_options is None and name == subject.data:
-        data_options = subject.data_options
-    opened = open_data(name, root=data_root, options=data_options, host=host)
+    host = default_host(plugins)
+    opened = None if data is None else open_data(data, root=data_root, options=data_options, host=host)
+    foreign = {"host": host, "model": model, "model_options": model_options, "mean": mean, "std": std}
+    if opened is not None:
+        foreign |= {"classes": opened.classes, "image_shape": opened.image_shape}
+    subject = _open_subject(checkpoint, host, device, foreign)
+    if opened is None:
+        if subject.data is None:
+            raise UserError("the checkpoint does not say which data it belongs to; name it with data (--data)")
+        options = subject.data_options if data_options is None else data_options
+        opened = open_data(subject.data, root=data_root or subject.data_root, options=options, host=host)
+    name = opened.name
     if subject.num_classes is not None and subject.num_classes != len(opened.classes):
         raise UserError(
             f"the checkpoint has {subject.num_classes} classes, '{name}' has {len(opened.classes)}; give the data it "
@@ -171,9 +179,12 @@ class _Subject:
     threat: ThreatModel | None = None
     data: str | None = None
     data_options: Mapping[str, Any] | None = None
+    data_root: str | None = None
 
 
-def _open_subject(checkpoint: str | Path | nn.Module, host: PluginHost, device: str) -> _Subject:
+def _open_subject(
+    checkpoint: str | Path | nn.Module, host: PluginHost, device: str, foreign: Mapping[str, Any]
+) -> _Subject:
     if isinstance(checkpoint, nn.Module):
         network = checkpoint if device == "auto" else checkpoint.to(select_device(device))
         tensor = next(iter((*network.parameters(), *network.buffers())), torch.empty(0))
@@ -181,7 +192,7 @@ def _open_subject(checkpoint: str | Path | nn.Module, host: PluginHost, device: 
     from scl_defense.checkpoint import load_classifier
 
     where = select_device(device)
-    loaded = load_classifier(checkpoint, host=host, device=where)
+    loaded = load_classifier(checkpoint, host=host, device=where, options=foreign)
     about = {"path": str(loaded.path), "sha256": loaded.sha256, **_json_part(loaded.meta)}
     return _Subject(
         loaded.network,
@@ -192,6 +203,7 @@ def _open_subject(checkpoint: str | Path | nn.Module, host: PluginHost, device: 
         loaded.threat,
         loaded.data,
         loaded.data_options,
+        loaded.data_root,
     )
 
 

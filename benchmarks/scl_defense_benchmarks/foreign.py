@@ -33,7 +33,7 @@ def load_state_dict_file(path: Path, options: Mapping[str, Any]) -> LoadedClassi
     if state is None:
         return None
     if not options.get("model"):
-        raise UserError(f"'{path}' holds bare weights ({len(state)} tensors); name their network with --model and --data")
+        raise UserError(f"'{path}' holds bare weights ({len(state)} tensors); name their network with --model, --data")
     if not options.get("classes"):
         raise UserError(f"'{path}' does not say which data it belongs to; name the data set with --data")
     host: PluginHost = options.get("host") or default_host()
@@ -93,7 +93,8 @@ def _placed(path: Path, state: dict[str, Tensor], network: Network) -> dict[str,
     head = next((head for head in HEADS if f"{head}.weight" in body), None)
     if head is None:
         raise UserError(f"'{path}' has no linear head (looked for {', '.join(h + '.weight' for h in HEADS)})")
-    placed = {f"classifier.{part}": body.pop(f"{head}.{part}") for part in ("weight", "bias") if f"{head}.{part}" in body}
+    parts = [part for part in ("weight", "bias") if f"{head}.{part}" in body]
+    placed = {f"classifier.{part}": body.pop(f"{head}.{part}") for part in parts}
     placed |= {f"encoder.{name}": value for name, value in body.items()}
     wanted = network.state_dict()
     normalisation = {name: value for name, value in wanted.items() if name.startswith("normalize.")}

@@ -1,7 +1,13 @@
 """What the benchmark layer registers. Targets are strings: listing them imports neither torch nor a library."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from scl_defense import hookimpl
 from scl_defense.hookspecs import Register
+
+if TYPE_CHECKING:
+    from scl_defense.checkpoint import LoadedClassifier
 
 _HERE = "scl_defense_benchmarks"
 
@@ -21,3 +27,10 @@ def register_attacks(register: Register) -> None:
     register("native:fgsm", f"{native}:FGSM", summary="our own FGSM, Linf, one step of the common ascent loop")
     register("native:pgd", f"{native}:PGD", summary="our own PGD, any norm, cross-entropy or margin loss")
     register("noise", f"{native}:Noise", summary="control: worst of several random points of the ball, no gradient")
+
+
+@hookimpl
+def load_checkpoint(path: Path, options: dict[str, Any]) -> "LoadedClassifier | None":
+    from scl_defense_benchmarks.foreign import load_state_dict_file
+
+    return load_state_dict_file(path, options)

@@ -21,6 +21,10 @@ from scl_defense.errors import UserError
     "-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set."
 )
 @click.option("--data-root", metavar="DIR", help="Folder where data sets lie or are downloaded to.")
+@click.option("--model", metavar="NAME", help="Network of a file of bare weights (needs --data).")
+@click.option("-m", "--model-option", "model_options", multiple=True, metavar="NAME=VALUE", help="Its option.")
+@click.option("--mean", metavar="A+B+C", help="Normalisation before that network, per channel in [0, 1]; default none.")
+@click.option("--std", metavar="A+B+C", help="The same: its standard deviations.")
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's.")
 @click.option("--n", type=click.IntRange(min=1), help="Attack only so many test images (stratified).")
@@ -37,6 +41,9 @@ def command(
     as_json: bool,
     quiet: bool,
     data_options: tuple[str, ...],
+    model_options: tuple[str, ...],
+    mean: str | None,
+    std: str | None,
     out: str | None,
     **settings: Any,
 ) -> None:
@@ -51,6 +58,8 @@ def command(
     if not path.exists():
         raise UserError(f"checkpoint '{path}' does not exist")
     settings["data_options"] = common.key_values(data_options, "-d") or None
+    settings["model_options"] = common.key_values(model_options, "-m") or None
+    settings |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
     out = out or str(_beside(path, settings))
     from scl_defense import benchmark
     from scl_defense.cli.progress import AttackProgress
@@ -71,6 +80,15 @@ def command(
         click.echo(f"result: {shlex.quote(out)}")
     if all(row.status == "failed" for row in result.attacks):
         raise click.exceptions.Exit(1)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split("+"))
+    except ValueError:
+        raise UserError(f"{option} {text!r} must be numbers joined by '+', like 0.49+0.48+0.45") from None
 
 
 def _beside(checkpoint: Path, settings: dict[str, Any]) -> Path:

@@ -160,7 +160,8 @@ def expect_unmoved(moved: Sequence[str]) -> None:
 
 
 def _global_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     return {
         "torch's global random state": torch.get_rng_state().numpy().tobytes(),
         "NumPy's global random state": (kind, keys.tobytes(), *rest),

@@ -97,7 +97,7 @@ class Trials:
     @cached_property
     def needs(self) -> frozenset[str]:
         """What it declares, and what it was seen to use besides: a wrong declaration is one failure, not all."""
-        declared = getattr(self.component, "needs", frozenset())
+        declared: Any = getattr(self.component, "needs", frozenset())
         needs = frozenset(need for need in declared if need in NEEDS)
         while not self.touched(needs) <= needs:
             needs |= self.touched(needs)
@@ -128,7 +128,7 @@ class Trials:
         touched: set[str] | None = None,
     ) -> Trial:
         needs = self.needs if needs is None else needs
-        shape = tuple(batch.images.shape[1:])
+        shape = worlds.shape_of(batch.images)
         if isinstance(network, str):
             network = worlds.lived_in_network(shape)
         encoder = network
@@ -155,7 +155,7 @@ class Trials:
         }  # fmt: skip
         before = {name: value.clone() for name, value in given.items()}
         outside = {} if network is None else network_state(network)
-        spy = _Spy(self.component, needs, lent)
+        spy: Any = _Spy(self.component, needs, lent)
         seed_globals(global_seed)  # so that drawing from them is one failure, not all
         generate(spy, batch, context, network=network, encoder=encoder)
         after = {} if network is None else network_state(network)

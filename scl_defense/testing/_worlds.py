@@ -1,5 +1,7 @@
 """Small synthetic worlds, made from seeds: pictures, networks, and linear networks whose weakness has a closed form."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from scl_defense.models import Network
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Batch
 
+Shape = tuple[int, int, int]
 CLASSES = 4
 GREY, COLOUR = (1, 8, 8), (3, 12, 10)  # not square: a swapped height and width must be seen
 SHAPES = (GREY, COLOUR)
@@ -16,7 +19,7 @@ LINF = ThreatModel("linf", "0.1")
 THREATS = (LINF, ThreatModel("l2", "0.5"), ThreatModel("l1", "2"))
 
 
-def pictures(count: int, shape: tuple[int, int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def pictures(count: int, shape: Shape, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) of 8 bits and labels (N,): a coarse pattern a class, noise, many pixels exactly 0 or 1."""
     rng = torch.Generator().manual_seed(seed)
     coarse = torch.rand((CLASSES, shape[0], 3, 3), generator=torch.Generator().manual_seed(12345))
@@ -26,9 +29,7 @@ def pictures(count: int, shape: tuple[int, int, int], *, seed: int = 0) -> tuple
     return (images.clamp(0, 1) * 255).round() / 255, labels
 
 
-def batch_of(
-    count: int = 7, shape: tuple[int, int, int] = GREY, *, views: int = 2, seed: int = 0, copies: bool = False
-) -> Batch:
+def batch_of(count: int = 7, shape: Shape = GREY, *, views: int = 2, seed: int = 0, copies: bool = False) -> Batch:
     """``copies``: the same image, label and index in every place."""
     images, labels = pictures(1 if copies else count, shape, seed=seed)
     indices = torch.arange(len(images)) + 100
@@ -40,6 +41,11 @@ def batch_of(
         jitter = 0.05 * torch.randn((1 if copies else count, *shape), generator=rng)
         augmented.append((images + jitter).clamp(0, 1))
     return Batch(torch.stack(augmented), labels, images, indices)
+
+
+def shape_of(images: Tensor) -> Shape:
+    channels, height, width = images.shape[1:]
+    return channels, height, width
 
 
 class TinyEncoder(nn.Module):
@@ -64,20 +70,21 @@ def tiny_encoder(channels: int, *, dropout: float = 0.0, seed: int = 0) -> TinyE
         return TinyEncoder(channels, dropout)
 
 
-def lived_in_network(shape: tuple[int, int, int], *, seed: int = 0) -> Network:
+def lived_in_network(shape: Shape, *, seed: int = 0) -> Network:
     """A network with everything a component could disturb: batch norm with moved statistics, dropout, layers in both
     modes, a frozen parameter, parameters with and without a gradient.
     """
     with global_random_state():
         torch.manual_seed(seed)
-        network = Network(TinyEncoder(shape[0], dropout=0.3), CLASSES, (0.4,) * shape[0], (0.3,) * shape[0], (10,))
-        network.train()
-        network.encoder.norm.eval()
-        network.encoder.norm.running_mean.normal_(std=0.1)
-        network.encoder.norm.running_var.uniform_(0.5, 1.5)
-        network.encoder.conv.bias.requires_grad_(False)
-        for parameter in (network.encoder.conv.weight, network.classifier.weight):
-            parameter.grad = torch.randn_like(parameter)
+        encoder = TinyEncoder(shape[0], dropout=0.3)
+        network = Network(encoder, CLASSES, (0.4,) * shape[0], (0.3,) * shape[0], (10,)).train()
+        encoder.norm.eval()
+        encoder.norm.running_mean = 0.1 * torch.randn(8)
+        encoder.norm.running_var = 0.5 + torch.rand(8)
+        encoder.conv.weight.grad = torch.randn_like(encoder.conv.weight)
+        network.classifier.weight.grad = torch.randn_like(network.classifier.weight)
+        for name, parameter in encoder.conv.named_parameters():
+            parameter.requires_grad_(name != "bias")
     return network
 
 
@@ -93,20 +100,22 @@ class LinearEncoder(nn.Module):
         return self.linear(images.flatten(1))
 
 
-def linear_network(shape: tuple[int, int, int], classes: int, *, seed: int = 0) -> Network:
+def linear_network(shape: Shape, classes: int, *, seed: int = 0) -> Network:
     """Logits linear in the pixels; the difference of two classes' weights has an L2 norm of about 20."""
     pixels = shape[0] * shape[1] * shape[2]
     with global_random_state():
         torch.manual_seed(seed)
-        network = Network(LinearEncoder(pixels, 12), classes, (0.5,) * shape[0], (1.0,) * shape[0], (10,))
-        nn.init.normal_(network.encoder.linear.weight, std=pixels**-0.5)
+        encoder = LinearEncoder(pixels, 12)
+        network = Network(encoder, classes, (0.5,) * shape[0], (1.0,) * shape[0], (10,))
+        nn.init.normal_(encoder.linear.weight, std=pixels**-0.5)
         nn.init.normal_(network.classifier.weight, std=4.0)
     return network.eval()
 
 
 def slopes(network: Network) -> Tensor:
     """(K, C * H * W): how the logits of a linear network grow with the pixels (std is 1)."""
-    return network.classifier.weight.detach() @ network.encoder.linear.weight.detach()
+    encoder: Any = network.encoder
+    return network.classifier.weight.detach() @ encoder.linear.weight.detach()
 
 
 def margins(network: Network, images: Tensor, labels: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Trials:
         classifier: nn.Module | None = None,
     ) -> Trial:
         if classifier is None:  # handed over as an evaluation does: in eval mode
-            classifier = worlds.lived_in_network(tuple(images.shape[1:])).eval()
+            classifier = worlds.lived_in_network(worlds.shape_of(images)).eval()
         given = {"the images": images, "the labels": labels}
         before, state = {name: value.clone() for name, value in given.items()}, network_state(classifier)
         seed_globals(global_seed)  # so that drawing from them is one failure, not all

@@ -47,7 +47,7 @@ class Trials:
     def __init__(self, dataset: Any, name: str, root: str | Path | None = None):
         self.component, self.name, self.dataset = dataset, name, dataset
         self.root = Path(root or os.environ.get("SCL_DEFENSE_DATA_ROOT") or "~/.cache/scl-defense").expanduser()
-        if root is None and dataclasses.is_dataclass(dataset) and getattr(dataset, "download", False) is True:
+        if root is None and getattr(dataset, "download", False) is True:
             self.dataset = dataclasses.replace(dataset, download=False)
 
     @cached_property
@@ -80,7 +80,7 @@ def check_images(trials: Trials) -> None:
     """Images are uint8 (N, H, W, C), C = 1 or 3, N >= 1: raw pixels, so that eps means the same for all data."""
     for split, arrays in trials.loaded().items():
         images = arrays.images
-        shape = getattr(images, "shape", ())
+        shape: tuple[int, ...] = getattr(images, "shape", ())
         shaped = isinstance(images, np.ndarray) and len(shape) == 4 and shape[3] in (1, 3) and 0 not in shape
         expect(shaped, f"images of '{split}' are {type(images).__name__} {shape}, not an array (N, H, W, 1 or 3)")
         expect(images.dtype == np.uint8, f"images of '{split}' are {images.dtype}, not uint8")
@@ -150,7 +150,8 @@ def check_repeatable(trials: Trials) -> None:
 
 def check_flip_and_budgets(trials: Trials) -> None:
     """``flip`` is True or False, and ``budgets`` has the usual eps > 0 for every norm, written as 8/255 or 0.1."""
-    flip, budgets = getattr(trials.component, "flip", None), getattr(trials.component, "budgets", None)
+    flip: Any = getattr(trials.component, "flip", None)
+    budgets: Any = getattr(trials.component, "budgets", None)
     expect(isinstance(flip, bool), f"flip is {flip!r}; it must be True (a mirrored image keeps its label) or False")
     expect(isinstance(budgets, Mapping), f"budgets is {budgets!r}; it must map norms to eps")
     missing = sorted(set(NORMS) - set(budgets))

@@ -41,7 +41,7 @@ def check_needs_declared(trials: Trials) -> None:
     """``needs`` is a subset of {"embed", "logits", "labels"} and nothing else is touched: what the table of results
     calls model-free or label-free must be so.
     """
-    needs = getattr(trials.component, "needs", None)
+    needs: Any = getattr(trials.component, "needs", None)
     legal = isinstance(needs, (set, frozenset)) and needs <= NEEDS
     expect(legal, f"needs is {needs!r}; it must be a frozenset out of {', '.join(sorted(NEEDS))}")
     undeclared = sorted(trials.touched(frozenset(needs)) - needs)

@@ -249,7 +249,7 @@ def check_learns(trials: Trials) -> None:
             length = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
             for parameter in network.parameters():
                 if parameter.grad is not None:
-                    parameter -= 0.05 * parameter.grad / length.clamp(min=1)  # as the loop clips it
+                    parameter.sub_(0.05 * parameter.grad / length.clamp(min=1))  # as the loop clips it
     last = sum(losses[-3:]) / 3
     expect(last < losses[0], f"in thirty steps on one batch the loss went from {losses[0]:.4g} to {last:.4g}")
 

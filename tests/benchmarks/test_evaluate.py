@@ -462,6 +462,8 @@ def test_noise_that_beats_gradients_is_flagged(network, digit_images, host):
     only_weak = Plan(threat, (plan.attacks[0], plan.attacks[2]))
     assert "noise-beats-gradient" not in flags_of(evaluate(network, *digit_images, plan, seed=0))
     assert flags_of(evaluate(network, *digit_images, only_weak, seed=0)) == {"noise-beats-gradient": "error"}
+    smaller = plan_attacks("noise,native:pgd:eps=0.01", host=host, threat=threat)  # another ball is another question
+    assert flags_of(evaluate(network, *digit_images, smaller, seed=0)) == {}
 
 
 def test_images_that_only_noise_breaks_are_flagged(images, labels):

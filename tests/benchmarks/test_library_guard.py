@@ -143,6 +143,24 @@ def test_the_global_generators_are_where_they_were(network, victims, rng, name):
     assert draws() == expected
 
 
+def test_raw_libraries_draw_from_the_global_generators(network, victims):
+    images, labels = victims[0][:3], victims[1][:3]
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    torchattacks.PGD(network, steps=1)(images, labels)
+    assert not torch.equal(before, torch.get_rng_state())
+    estimator = art_adapter.PyTorchClassifier(
+        network, loss=nn.CrossEntropyLoss(), input_shape=(1, 8, 8), nb_classes=10, device_type="cpu"
+    )
+    np.random.seed(1)
+    pgd = art_adapter.ProjectedGradientDescent(estimator, eps=0.1, eps_step=0.1, max_iter=1, num_random_init=1)
+    pgd.set_params(verbose=False)
+    pgd.generate(images.numpy(), labels.numpy())
+    first = np.random.rand()
+    np.random.seed(1)
+    assert first != np.random.rand()
+
+
 def test_inside_the_globals_follow_the_passed_generator(rng):
     found = []
     for outside, inside in ((1, 5), (2, 5), (1, 6)):

@@ -81,10 +81,11 @@ def table(rows: list[dict]) -> str:
         cells.append(f"{statistics.mean(row['cw_median_l2'] for row in group):.2f}")
         cells.append(f"{statistics.median(row['train_seconds'] for row in group):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {rows[0]['versions'][name]}" for name in ("torch", "torchattacks"))
     note = (
         f"\nDigits 8x8, {rows[0]['n']} test images, Linf eps 0.1, mean ± standard deviation over {seeds} seeds, in %. "
         "Worst case: per image over noise, FGSM, PGD-50 on cross-entropy and on the margin, and CW examples inside the "
-        f"ball. {rows[0]['machine']}; torch {rows[0]['versions']['torch']}, torchattacks {rows[0]['versions']['torchattacks']}."
+        f"ball. {rows[0]['machine']}; {versions}."
     )
     return "\n".join(lines) + "\n" + note + "\n"
 
