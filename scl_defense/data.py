@@ -137,6 +137,11 @@ class Data:
         return self._cache[source]
 
 
+def data_folder(root: str | Path | None = None) -> Path:
+    """Where data sets lie: ``root``, else the environment variable ``SCL_DEFENSE_DATA_ROOT``, else a cache folder."""
+    return Path(root or os.environ.get("SCL_DEFENSE_DATA_ROOT") or "~/.cache/scl-defense").expanduser()
+
+
 def open_data(
     name: str,
     *,
@@ -151,7 +156,7 @@ def open_data(
     ``SCL_DEFENSE_DATA_ROOT``, else ``~/.cache/scl-defense``). options: of the component. Raises :class:`UserError`.
     """
     host = default_host() if host is None else host
-    folder = Path(root or os.environ.get("SCL_DEFENSE_DATA_ROOT") or "~/.cache/scl-defense").expanduser()
+    folder = data_folder(root)
     component_name, found = _resolve(name, folder, host)
     clash = found.keys() & (options or {}).keys()
     if clash:

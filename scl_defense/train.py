@@ -110,7 +110,10 @@ class Run:
         self.loggers = [make(host, "logger", name) for name in config.logger]
         self.device = select_device(config.device)
         self.data = open_data(config.data, root=config.data_root, options=config.data_options, host=host)
-        self.threat = ThreatModel(config.norm, config.eps or self.data.budgets[config.norm])
+        eps = config.eps or self.data.budgets.get(config.norm)
+        if eps is None:
+            raise UserError(f"no usual {config.norm} radius is known for '{config.data}'; give one with --eps 8/255")
+        self.threat = ThreatModel(config.norm, eps)
         self.train_split = self.data.split(
             "train", val_fraction=config.val_fraction, limit=config.limit, device=self.device
         )

@@ -158,7 +158,9 @@ class Trainer(Protocol):
     """Builds encoder + heads and turns a batch into a loss.
 
     views: how many augmented views a batch holds. head: ``joint`` (a classifier is trained along) or ``probe`` (the
-    core fits a linear classifier on the frozen encoder).
+    core fits a linear classifier on the frozen encoder). Optional ``ignores_adversarial = True``: the loss leaves the
+    adversarial views out on purpose. torch's global generator is seeded from (seed, epoch, step) before every step,
+    for dropout; a trainer draws from nothing else.
     """
 
     views: int

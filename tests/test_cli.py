@@ -227,6 +227,19 @@ def test_a_plugin_file_is_listed_used_and_its_faults_are_one_line(capsys, tmp_pa
     assert code == 2 and "No module named 'no_such_module_at_all'" in line
 
 
+def test_the_contract_test_is_a_command(capsys, tmp_path):
+    assert run(["plugins", "check", "corner-noise"]) == 0
+    text = capsys.readouterr().out
+    assert "pass  corner-noise  inside-ball" in text and text.strip().endswith("0 failed")
+    assert run(["plugins", "check", "generator:pgd", "-o", "steps=2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) > 15 and all(row["passed"] for row in rows)
+    assert run(["plugins", "check", "npz", "-o", f"path={tmp_path}"]) == 1  # nothing there to check
+    assert "FAIL  npz" in capsys.readouterr().out
+    code, line = error_of(capsys, "plugins", "check", "corner-nois")
+    assert code == 2 and "did you mean 'corner-noise'" in line
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, signum, code):
     arguments = [

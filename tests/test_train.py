@@ -259,6 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         ({"epoch": 3}, "did you mean 'epochs'"),
         ({"logger": ("jsonz",)}, "did you mean 'jsonl'"),
         ({"name": "../up"}, "name"),
+        ({"generator": "none", "trainer_options": {"ce_clean": 0}}, "never train its classifier"),
         ({"trainer": "cross-entropy", "generator_options": {"perturb": "both", "steps": 1}}, "two views"),
     ],
 )

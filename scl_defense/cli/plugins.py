@@ -36,15 +36,21 @@ def list_(name: str | None, plugins: tuple[str, ...], as_json: bool) -> None:
 
 @command.command("check")
 @click.argument("name")
+@click.option("-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the component.")
+@click.option("--data-root", metavar="DIR", help="Where a data set's files lie (they may be downloaded into it).")
 @common.plugin_option
 @common.json_option
-def check(name: str, plugins: tuple[str, ...], as_json: bool) -> None:
-    """Run the contract test on a component: the same checks that the built-ins pass."""
+def check(name: str, options: tuple[str, ...], data_root: str | None, plugins: tuple[str, ...], as_json: bool) -> None:
+    """Run the contract test on a component: the same checks that the built-ins pass.
+
+    NAME may be narrowed to one kind: generator:pgd, attack:pgd.
+    """
     host = common.host_for(plugins)
     entries = _find(host, name)
+    given = common.key_values(options, "-o")
     from scl_defense.testing import check_entry
 
-    reports = [result for entry in entries for result in check_entry(entry)]
+    reports = [result for entry in entries for result in check_entry(entry, given, root=data_root)]
     if as_json:
         common.print_json(
             [{"component": r.component, "check": r.check, "passed": r.passed, "message": r.message} for r in reports]

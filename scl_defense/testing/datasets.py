@@ -1,7 +1,6 @@
 """The contract of data sets: what splitting, training and reporting rely on."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scl_defense.data import data_folder
 from scl_defense.errors import SclDefenseError
 from scl_defense.testing._common import (
     BUILT,
@@ -46,7 +46,7 @@ class Trials:
 
     def __init__(self, dataset: Any, name: str, root: str | Path | None = None):
         self.component, self.name, self.dataset = dataset, name, dataset
-        self.root = Path(root or os.environ.get("SCL_DEFENSE_DATA_ROOT") or "~/.cache/scl-defense").expanduser()
+        self.root = data_folder(root)
         if root is None and getattr(dataset, "download", False) is True:
             self.dataset = dataclasses.replace(dataset, download=False)
 

@@ -191,9 +191,7 @@ def test_the_worst_noise_is_the_worst_of_its_draws(network, victims, rng):
     threat, (images, labels) = ThreatModel("linf", "0.3"), victims
     with torch.no_grad():
         shared = rng(3)
-        points = [
-            (threat.random_corner if draw % 2 else threat.random_start)(images, shared) for draw in range(6)
-        ]
+        points = [(threat.random_corner if draw % 2 else threat.random_start)(images, shared) for draw in range(6)]
         margins = torch.stack([native.margin(network(point), labels) for point in points])
         made = native.Noise(draws=6)(network, images, labels, threat, rng(3))
         assert torch.equal(native.margin(network(made), labels), margins.amax(0))

@@ -15,7 +15,7 @@ from scl_defense.errors import UserError
 from scl_defense.models import Network
 
 # One file: a data set made from scikit-learn's digits, and an encoder. Third parties write exactly this.
-PLUGIN = '''
+PLUGIN = """
 from typing import ClassVar
 import numpy as np
 from sklearn.datasets import load_digits
@@ -60,7 +60,7 @@ def register_datasets(register):
 @hookimpl
 def register_models(register):
     register("flat", Flat, summary="one hidden layer")
-'''
+"""
 
 
 @pytest.fixture(scope="module")

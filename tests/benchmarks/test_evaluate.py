@@ -72,9 +72,7 @@ def labels():
 def run(images, labels, *attacks, threat=LINF, network=None, **options):
     planned = [
         PlannedAttack(f"attack{place}", "planted", attack, own)
-        for place, (attack, own) in enumerate(
-            item if isinstance(item, tuple) else (item, threat) for item in attacks
-        )
+        for place, (attack, own) in enumerate(item if isinstance(item, tuple) else (item, threat) for item in attacks)
     ]
     options = {"seed": 0, "batch_size": 16} | options
     return evaluate(network or Brightness(), images, labels, Plan(threat, tuple(planned)), **options)

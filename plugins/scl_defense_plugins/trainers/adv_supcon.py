@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scl_defense.errors import UserError
 from scl_defense.losses import supcon
 from scl_defense.models import Network
 from scl_defense.types import Batch, Field, StepOutput, component
@@ -42,6 +43,11 @@ class AdvSupCon:
         return Network(encoder, num_classes, mean, std, projection=(self.hidden, self.dim))
 
     def step(self, network: Network, batch: Batch, adversarial: Tensor) -> StepOutput:
+        if self.head == "joint" and not self.ce_clean and not (self.ce_adv and len(adversarial)):
+            raise UserError(
+                "trainer 'adv-supcon' with head=joint would never train its classifier: both cross-entropy terms are "
+                "off; set ce_clean above 0, or head=probe"
+            )
         images = torch.cat([batch.views, adversarial])
         features = network.features(images.flatten(0, 1))
         labels = batch.labels.repeat(len(images))
