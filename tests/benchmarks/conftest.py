@@ -67,3 +67,21 @@ def rng() -> Callable[..., torch.Generator]:
 def host() -> PluginHost:
     """The benchmark layer's attacks, whether or not this source tree is installed."""
     return PluginHost(files=[hooks.__file__], disabled=["scl-defense"])
+
+
+@pytest.fixture
+def images():
+    """First pixel 0.45 or 0.55 on half of the images (0.1 flips them), 0.2 or 0.8 on the others (0.1 does not)."""
+    made = torch.full((40, 1, 2, 2), 0.5)
+    made[:, 0, 0, 0] = torch.tensor([0.45, 0.55, 0.2, 0.8]).repeat(40 // 4)
+    return made
+
+
+@pytest.fixture
+def labels():
+    return torch.tensor([0, 1]).repeat(40 // 2)
+
+
+@pytest.fixture
+def digit_images(digits):
+    return digits[0][1400:1500], digits[1][1400:1500]

@@ -1,0 +1,63 @@
+"""Attacks that are made of one function, a network that is plain to see through, and how to run them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scl_defense_benchmarks.battery import Plan, PlannedAttack
+from scl_defense_benchmarks.evaluate import evaluate
+from torch import nn
+
+from scl_defense.threat import ThreatModel
+
+LINF, L2 = ThreatModel("linf", "0.1"), ThreatModel("l2", "0.5")
+COUNT = 40
+
+
+class Brightness(nn.Module):
+    """Class 1 where the first pixel is above 0.5: what fools it, and at which distance, is plain to see."""
+
+    def forward(self, images):
+        score = 10 * (images[:, 0, 0, 0] - 0.5)
+        return torch.stack([-score, score], dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """An attack made of one function of (classifier, images, labels, threat, rng)."""
+
+    make: Callable[..., Any]
+    minimal: bool = False
+    access: str = "white-box"
+    norms: frozenset[str] = frozenset({"linf", "l2"})
+
+    def __call__(self, classifier, images, labels, threat, rng):
+        return self.make(classifier, images, labels, threat, rng)
+
+
+def first_pixel(images, change):
+    moved = images.clone()
+    moved[:, 0, 0, 0] += change
+    return moved
+
+
+def shift(size):
+    """Move the first pixel by ``size`` towards the other class."""
+    return lambda classifier, images, labels, threat, rng: first_pixel(images, (1 - 2 * labels) * size)
+
+
+HONEST = Planted(shift(0.1))
+
+
+def run(images, labels, *attacks, threat=LINF, network=None, **options):
+    planned = [
+        PlannedAttack(f"attack{place}", "planted", attack, own)
+        for place, (attack, own) in enumerate(item if isinstance(item, tuple) else (item, threat) for item in attacks)
+    ]
+    options = {"seed": 0, "batch_size": 16} | options
+    return evaluate(network or Brightness(), images, labels, Plan(threat, tuple(planned)), **options)
+
+
+def flags_of(result):
+    return {flag.id: flag.severity for flag in result.flags}
