@@ -46,13 +46,16 @@ class AttackProgress(_Bar):
 class TrainProgress(_Bar):
     """Told of every step and epoch of a training run."""
 
-    before, after = "epoch {task.fields[epoch]}", "loss {task.fields[loss]}  {task.fields[rate]} images/s"
-    _rate = 0.0
+    before = "epoch {task.fields[epoch]}"
+    after = "loss {task.fields[loss]}  val {task.fields[val]}  {task.fields[rate]} img/s"
+    _rate, _val = 0.0, "-"
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "step":
             self._step(event)
-        elif not self._quiet:
+            return
+        self._val = f"{event['val_clean']:.1%} clean {event['val_robust']:.1%} robust"
+        if not self._quiet:
             width = len(str(event["epochs"]))
             self._console.print(
                 f"epoch {event['epoch'] + 1:>{width}}/{event['epochs']}  loss {event['loss']:.3f}  "
@@ -69,6 +72,7 @@ class TrainProgress(_Bar):
         shown = {
             "epoch": f"{event['epoch'] + 1}/{event['epochs']}",
             "loss": f"{event['loss']:.3f}",
+            "val": self._val,
             "rate": f"{self._rate:.0f}",
         }
         if self._task is None:
