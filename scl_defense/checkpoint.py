@@ -25,18 +25,18 @@ from scl_defense.plugins import PluginHost, default_host
 from scl_defense.threat import ThreatModel
 
 FORMAT = "scl-defense-checkpoint/1"
-_REQUIRED = (
-    "network",
-    "model",
-    "model_options",
-    "classes",
-    "image_shape",
-    "mean",
-    "std",
-    "threat",
-    "config",
-    "plugins",
-)
+_REQUIRED = {
+    "network": dict,
+    "model": str,
+    "model_options": dict,
+    "classes": list,
+    "image_shape": list,
+    "mean": list,
+    "std": list,
+    "threat": str,
+    "config": str,
+    "plugins": list,
+}
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ def _fault_of(payload: bytes) -> str | None:
         return "the file is empty (0 bytes)"
     if payload.lstrip()[:1] == b"<":
         return f"it looks like an HTML page ({len(payload)} bytes): did a download fail?"
+    if payload[:2] == b"\x80\x02" or b"ustar" in payload[:512]:
+        return "it is a pickle as torch wrote them before 1.6; load it where you trust it and torch.save it again"
     if payload[:2] != b"PK":
         return "it is no zip file as torch.save writes them; is it a checkpoint at all?"
     try:
@@ -149,10 +151,35 @@ def read(path: str | Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"'{path}' was not written by scl-defense: it has no 'format' entry")
     if content["format"] != FORMAT:
         raise UserError(f"'{path}' has format {content['format']!r}; this version reads {FORMAT}")
-    missing = [name for name in _REQUIRED if name not in content]
-    if missing:
-        raise UserError(f"checkpoint '{path}' lacks {', '.join(missing)}")
+    fault = _malformed(content)
+    if fault:
+        raise UserError(f"checkpoint '{path}' is malformed: {fault}")
     return content, sha256
+
+
+def _malformed(content: dict[str, Any]) -> str | None:
+    """What is wrong with the fields of a checkpoint of our format, on one line, or ``None``."""
+    for name, kind in _REQUIRED.items():
+        if name not in content:
+            return f"it lacks {name}"
+        if not isinstance(content[name], kind):
+            return f"{name} is a {type(content[name]).__name__}, not a {kind.__name__}"
+    if not all(isinstance(value, torch.Tensor) for value in content["network"].values()):
+        return "network must hold tensors alone"
+    if not all(isinstance(plugin, dict) and "plugin" in plugin for plugin in content["plugins"]):
+        return "plugins must be a list of names and versions"
+    shape, mean, std = content["image_shape"], content["mean"], content["std"]
+    if len(shape) != 3 or not all(isinstance(size, int) and 0 < size <= 4096 for size in shape):
+        return f"image_shape {shape} must be three sizes from 1 to 4096"
+    if len(mean) != shape[0] or len(std) != shape[0] or not all(isinstance(v, float) for v in (*mean, *std)):
+        return f"mean {mean} and std {std} must be {shape[0]} numbers each"
+    if len(content["classes"]) < 2 or not all(isinstance(name, str) for name in content["classes"]):
+        return "classes must be at least two names"
+    try:
+        config = json.loads(content["config"])
+    except ValueError:
+        return "config is not JSON"
+    return None if isinstance(config, dict) else "config is not a JSON object"
 
 
 def load_classifier(
@@ -173,7 +200,7 @@ def load_classifier(
     try:
         content, sha256 = read(path)
     except UserError as error:
-        loaded = _foreign(host, path, options or {}) if path.is_file() else None
+        loaded = _foreign(host, path, options or {}) if path.is_file() and not _is_ours(path) else None
         if loaded is None:
             raise error
         loaded.network.to(device).eval()
@@ -211,6 +238,14 @@ def load_classifier(
         meta={name: value for name, value in content.items() if name not in ("network", "optimizer", "twin")}
         | {"config": config},
     )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        content, _ = read_tensors(path)
+    except UserError:
+        return False
+    return isinstance(content, dict) and str(content.get("format", "")).startswith("scl-defense-checkpoint/")
 
 
 def _foreign(host: PluginHost, path: Path, options: Mapping[str, Any]) -> LoadedClassifier | None:

@@ -12,13 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from scl_defense.errors import ComponentError, UserError, nearest
 from scl_defense.plugins import PluginHost
 
 Options = dict[str, Any]
+
+
+def _as_written(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))
@@ -45,7 +49,11 @@ class TrainConfig:
         default_factory=dict
     )
     norm: Annotated[Literal["linf", "l2", "l1"], Field(description="norm of the threat model")] = "linf"
-    eps: Annotated[str | None, Field(description="radius, as 8/255 or 0.1; default: the data set's usual one")] = None
+    eps: Annotated[
+        str | None,
+        BeforeValidator(_as_written),
+        Field(description="radius, as 8/255 or 0.1; default: the data set's usual one"),
+    ] = None
     epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training split")] = 40
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="images a step")] = 128
     optimizer: Annotated[Literal["adamw", "sgd"], Field(description="optimizer")] = "adamw"
@@ -170,7 +178,12 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
     try:
         return TrainConfig(**values)
     except ValidationError as error:
-        raise UserError(explain(error, [field.name for field in dataclasses.fields(TrainConfig)])) from None
+        known = [field.name for field in dataclasses.fields(TrainConfig)]
+        name = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
+        if isinstance(values.get(name), dict) and f"{name}_options" in known:
+            remedy = f'write {name} = "NAME" and its options under [{name}_options]'
+            raise UserError(f"option '{name}' is a name, not a table; {remedy}") from None
+        raise UserError(explain(error, known)) from None
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -6,21 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scl_defense.errors import ComponentError
+from scl_defense.errors import ComponentError, SclDefenseError
 from scl_defense.guard import frozen
 from scl_defense.models import Network
+from scl_defense.runtime import autocast
 from scl_defense.threat import ThreatModel
 from scl_defense.types import NEEDS, Batch, Context, Generator, with_labels_hidden
 
 
 def generate(
-    generator: Generator, batch: Batch, context: Context, *, network: Network | None, encoder: Network | None = None
+    generator: Generator,
+    batch: Batch,
+    context: Context,
+    *,
+    network: Network | None,
+    encoder: Network | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """(A, N, C, H, W) adversarial views of ``batch``, detached.
 
     ``network`` (or its averaged twin ``encoder``, for ``embed``) is frozen and in eval mode meanwhile and comes back
-    unchanged. With ``needs`` empty no network is handed over: *model-free* is what this function does, not what a
-    component claims. Raises :class:`ComponentError` when an undeclared thing is used or the output breaks the contract.
+    unchanged; ``precision`` is that of its passes, what a generator computes by itself stays float32. With ``needs``
+    empty no network is handed over: *model-free* is what this function does, not what a component claims. Raises
+    :class:`ComponentError` when an undeclared thing is used or the output breaks the contract.
     """
     needs = frozenset(generator.needs)
     if needs - NEEDS:
@@ -31,16 +39,26 @@ def generate(
         if network is None:
             raise ComponentError(f"{context.generator} needs {sorted(needs)} but there is no network")
         encoder = network if encoder is None else encoder
-        granted |= {"embed": _float32(encoder.embed), "logits": _float32(network.logits)}
+        granted |= {"embed": _lent(encoder.embed, precision), "logits": _lent(network.logits, precision)}
         lent = [network, encoder]
     context = replace(context, granted={need: granted[need] for need in needs})
     with frozen(*lent):
-        adversarial = generator(with_labels_hidden(batch), context)
+        try:
+            adversarial = generator(with_labels_hidden(batch), context)
+        except (SclDefenseError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise ComponentError(f"{context.generator} failed: {type(error).__name__}: {text}") from error
     return check_adversarial(adversarial, batch.views, context.threat, context.generator)
 
 
-def _float32(forward: Any) -> Any:
-    return lambda images: forward(images).float()  # under autocast the heads answer in bfloat16
+def _lent(forward: Any, precision: str) -> Any:
+    def passes(images: Tensor) -> Tensor:
+        with autocast(images.device, precision):
+            return forward(images).float()
+
+    return passes
 
 
 def check_adversarial(adversarial: Any, views: Tensor, threat: ThreatModel, who: str) -> Tensor:

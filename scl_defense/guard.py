@@ -48,7 +48,7 @@ def frozen(*modules: nn.Module, training: bool = False) -> Iterator[None]:
 def global_random_state() -> Iterator[None]:
     """Inside, the global generators of torch, NumPy and Python may be used; after, they are where they were."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def new_run_dir(out: str | Path, name: str | None, default: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot make a run in '{base}': {error.strerror}; choose another --out") from None
     raise UserError(f"'{base}' holds too many runs named '{default}'; choose a --name")
+
+
+def remove_if_empty(run_dir: Path) -> None:
+    """Take away the folder of a run that failed before its first checkpoint: it holds nothing to go on with."""
+    if not (run_dir / "last.pt").exists() and not (run_dir / "best.pt").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -32,9 +32,9 @@ def supcon(embed: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     # The mean over positives needs no R x R mask: it is z_i . (sum of z over the class - z_i) / (count - 1).
     _, group = labels.unique(return_inverse=True)
-    groups = int(group.max()) + 1
-    sums = torch.zeros(groups, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, group, z)
-    positives = torch.bincount(group, minlength=groups)[group] - 1
+    member = F.one_hot(group).to(z.dtype)  # a product with it is deterministic on every device, index_add is not
+    sums = _products(member.T, z.T)
+    positives = member.sum(0)[group] - 1
     attraction = ((z * sums[group]).sum(1) - z.square().sum(1)) / positives.clamp(min=1) / temperature
     return _mean_of(similarity.logsumexp(1) - attraction, positives > 0)
 

@@ -24,7 +24,6 @@ class Progress:
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
-    top_clean: float = 0.0
     seconds: float = 0.0
 
 

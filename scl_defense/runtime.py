@@ -37,6 +37,20 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+@contextmanager
+def repeatable(precision: str) -> Iterator[None]:
+    """Inside, float32 means float32 (``fp32``: no TF32 on CUDA) and cuDNN takes its deterministic algorithms."""
+    convolutions, products, cudnn = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn
+    before = convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic, cudnn.benchmark
+    if precision == "fp32":
+        convolutions.fp32_precision = products.fp32_precision = "ieee"
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
+
+
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     """A 63-bit seed from (seed, purpose, counters): streams that need no hidden state, so resuming is exact."""
     digest = hashlib.blake2b(repr((int(seed), purpose, tuple(map(int, counters)))).encode(), digest_size=8).digest()

@@ -136,10 +136,25 @@ class ThreatModel:
         return self.project(images, images + (direction * length * radius).view_as(images))
 
     def random_corner(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """A random extreme point of the ball: +-eps everywhere (Linf), a random direction at full length (L2, L1)."""
+        """A random extreme point of ball and box.
+
+        Linf: +-eps in every coordinate. L2: a random direction at full length. L1: coordinates in random order, each
+        moved to a wall of the box until eps is spent.
+        """
         if self.norm == "linf":
             return self.project(images, images + self.radius * (_uniform(images.shape, images, rng) * 2 - 1).sign())
-        return self.project(images, images + self.radius * self.random_direction(images, rng))
+        if self.norm == "l2":
+            return self.project(images, images + self.radius * self.random_direction(images, rng))
+        origin = images.flatten(1)
+        order = _uniform(origin.shape, images, rng).argsort(1)
+        upward = _uniform(origin.shape, images, rng) < 0.5
+        room = torch.where(upward, 1 - origin, -origin)
+        room = torch.where(room == 0, 1 - 2 * origin, room)  # at that wall already: the other way
+        spent = room.abs().gather(1, order).double().cumsum(1)
+        share = (self.radius - spent + room.abs().gather(1, order)).clamp(min=0)
+        moved = torch.zeros_like(origin).scatter_(1, order, share.to(origin.dtype))
+        moved = torch.minimum(moved, room.abs()) * room.sign()
+        return self.project(images, images + moved.view_as(images))
 
     def random_direction(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """A random direction of norm 1 for each image."""

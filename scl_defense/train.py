@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scl_defense import checkpoint, logs, probe, runstate
 from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config
-from scl_defense.data import Augment, Split, open_data, stratified_subset
+from scl_defense.data import Augment, open_data
 from scl_defense.errors import ComponentError, Interrupted, UserError
 from scl_defense.generation import generate
 from scl_defense.guard import global_random_state
@@ -29,13 +29,19 @@ from scl_defense.models import Network, Twin
 from scl_defense.optim import learning_rate, make_optimizer
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runstate import Progress
-from scl_defense.runtime import StopRequest, autocast, derive_seed, select_device, stop_on_signal, stream
+from scl_defense.runtime import (
+    StopRequest,
+    autocast,
+    derive_seed,
+    repeatable,
+    select_device,
+    stop_on_signal,
+    stream,
+)
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Batch, Context
 
 CALIBRATION = 256  # images that model-free generators may measure their feature space on
-CLEAN_SLACK = 0.05  # the best checkpoint is not more than this far below the best clean validation accuracy
-PROBE_IMAGES = 5000  # a linear probe during training is fitted on at most so many images
 Event = Callable[[Mapping[str, Any]], None]
 
 
@@ -83,7 +89,7 @@ def train(
         config = train_config(options)
     elif options:
         raise UserError("give either a TrainConfig or keywords, not both")
-    with global_random_state():
+    with global_random_state(), repeatable(config.precision):
         run = Run(config, host, on_event or (lambda event: None))
         if state is not None:
             runstate.restore(run, state)
@@ -94,8 +100,11 @@ def train(
             run_dir = logs.new_run_dir(
                 config.out, config.name, "".join(c if c.isalnum() or c in "-_." else "-" for c in default)
             )
-        with logs.locked(run_dir), stop_on_signal() as stop:
-            return run.run(run_dir, stop)
+        try:
+            with logs.locked(run_dir), stop_on_signal() as stop:
+                return run.run(run_dir, stop)
+        finally:
+            logs.remove_if_empty(run_dir)
 
 
 class Run:
@@ -110,7 +119,7 @@ class Run:
         self.loggers = [make(host, "logger", name) for name in config.logger]
         self.device = select_device(config.device)
         self.data = open_data(config.data, root=config.data_root, options=config.data_options, host=host)
-        eps = config.eps or self.data.budgets.get(config.norm)
+        eps = self.data.budgets.get(config.norm) if config.eps is None else config.eps
         if eps is None:
             raise UserError(f"no usual {config.norm} radius is known for '{config.data}'; give one with --eps 8/255")
         self.threat = ThreatModel(config.norm, eps)
@@ -197,21 +206,21 @@ class Run:
                 f"the loss of trainer '{self.config.trainer}' is {loss} at epoch {epoch}, step {step}; "
                 f"the last checkpoint is kept; try a lower --lr than {self.config.peak_lr:g}"
             )
-        self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # here: the generator finds no gradients that it could disturb
         if self.twin is not None:
             self.twin.update(self.network, views[0])
-        return {"loss": loss, **{name: float(value) for name, value in output.metrics.items()}}
+        metrics = {name: float(value) for name, value in output.metrics.items()}
+        return {"loss": loss, "adversarial_views": float(len(adversarial)), **metrics}
 
     def generate(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """(A, N, C, H, W) adversarial views, made with what the generator declared and checked on every batch."""
-        on_device = self.device if self.device.type == "cuda" else "cpu"
         context = Context(
             threat=self.threat,
-            rng=stream(self.config.seed, "generator", epoch, step, device=on_device),
+            rng=stream(self.config.seed, "generator", epoch, step),
             calibration=self.calibration,
             epoch=epoch,
             step=step,
@@ -220,15 +229,15 @@ class Run:
             generator=f"generator '{self.config.generator}'",
         )
         encoder = self.network if self.twin is None else self.twin.network
-        with autocast(self.device, self.config.precision):
-            return generate(self.generator, batch, context, network=self.network, encoder=encoder)
+        precision = self.config.precision
+        return generate(self.generator, batch, context, network=self.network, encoder=encoder, precision=precision)
 
     def finish_epoch(self, run_dir: Path) -> dict[str, Any]:
         """Validate, keep the best checkpoint by robust accuracy (then clean), save the last one."""
         progress, epoch = self.progress, self.progress.epoch
         started = time.perf_counter()
         if self.trainer.head == "probe":
-            probe.fit_probe(self.network, self.probe_split())
+            probe.fit_probe(self.network, self.train_split)
         clean, robust = probe.accuracy(
             self.network,
             self.val_split,
@@ -237,7 +246,6 @@ class Run:
             rng=stream(self.config.seed, "val", epoch),
         )
         record = {name: value / self.steps for name, value in progress.sums.items()}
-        progress.top_clean = max(progress.top_clean, clean)
         better = self.is_better(clean, robust)
         if better:
             progress.best = {"epoch": epoch, "clean": clean, "robust": robust}
@@ -251,21 +259,14 @@ class Run:
         return {"epoch": epoch, **record}
 
     def is_better(self, clean: float, robust: float) -> bool:
-        """By robust accuracy (Rice et al. 2020), then clean, among epochs of useful clean accuracy.
+        """By robust validation accuracy, then clean (Rice et al. 2020).
 
-        Without the second clause the plain baseline would be represented by an early, half-trained network: not yet
-        confident, it survives a short PGD a little better than the finished one.
+        A run without adversarial views goes by clean accuracy first: it is most robust while it is half trained and
+        not yet confident, and the plain baseline must not be represented by that.
         """
-        best, floor = self.progress.best, self.progress.top_clean - CLEAN_SLACK
-        if not best or best["clean"] < floor <= clean:
-            return True
-        return clean >= floor and (robust, clean) > (best["robust"], best["clean"])
-
-    def probe_split(self) -> Split:
-        split = self.train_split
-        chosen = torch.from_numpy(stratified_subset(split.labels, min(len(split), PROBE_IMAGES), seed=0))
-        chosen = chosen.to(self.device)
-        return Split(split.images[chosen], split.labels[chosen], split.indices[chosen])
+        best, plain = self.progress.best, not self.progress.sums.get("adversarial_views")
+        order = (clean, robust) if plain else (robust, clean)
+        return not best or order > ((best["clean"], best["robust"]) if plain else (best["robust"], best["clean"]))
 
     def plan(self) -> dict[str, Any]:
         """Two real steps (the first one warms up), timed on the second; nothing is kept or written."""

@@ -124,12 +124,12 @@ def bad_files(folder, good):
         "flipped": (bytes(flipped), "damaged"),
         "html": (b"<!DOCTYPE html><html>404</html>", "HTML page"),
         "text": (b"hello", "no zip file"),
-        "pickle": (pickle.dumps(Evil(folder / "ran")), "no zip file"),
+        "pickle": (pickle.dumps(Evil(folder / "ran"), protocol=2), "before 1.6"),
         "evil": ((folder / "evil.pt").read_bytes(), "would run code when loaded"),
         "foreign": ((folder / "foreign.pt").read_bytes(), "bare weights .* name their network with --model"),
         "other": ((folder / "dict.pt").read_bytes(), "not written by scl-defense"),
         "future": ((folder / "future.pt").read_bytes(), "this version reads"),
-        "partial": ((folder / "partial.pt").read_bytes(), "lacks model"),
+        "partial": ((folder / "partial.pt").read_bytes(), "malformed: it lacks model"),
         "zip": ((folder / "other.pt").read_bytes(), "damaged"),
         "nomodel": ((folder / "nomodel.pt").read_bytes(), "no model named"),
         "unfit": ((folder / "unfit.pt").read_bytes(), "do not fit its model"),
@@ -172,6 +172,27 @@ def test_every_single_flipped_byte_is_noticed_or_harmless(tmp_path, trained):
             continue
         assert all(torch.equal(network[name], good[name]) for name in good)
     assert refused > 30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": "x"}, "config is not JSON"),
+        ({"config": "[]"}, "config is not a JSON object"),
+        ({"classes": 10}, "classes is a int, not a list"),
+        ({"classes": ["a"]}, "at least two names"),
+        ({"image_shape": [1, 8]}, "three sizes"),
+        ({"image_shape": [1, 8, 10**9]}, "from 1 to 4096"),
+        ({"mean": []}, "1 numbers each"),
+        ({"network": {"x": "y"}}, "tensors alone"),
+        ({"plugins": ["x"]}, "names and versions"),
+        ({"threat": "linf"}, "NORM:EPS"),
+    ],
+)
+def test_a_malformed_checkpoint_is_one_line(tmp_path, trained, change, message):
+    torch.save({**checkpoint.read(trained.best)[0], **change}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=message):
+        load_classifier(tmp_path / "x.pt")
 
 
 def test_directories_and_missing_files_are_named(tmp_path):

@@ -240,6 +240,33 @@ def test_the_contract_test_is_a_command(capsys, tmp_path):
     assert code == 2 and "did you mean 'corner-noise'" in line
 
 
+def test_a_benchmark_destroys_nothing_and_says_so_before_it_attacks(capsys, tmp_path):
+    assert run(["train", *TINY, "--generator", "none", "--out", str(tmp_path), "--name", "a"]) == 0
+    capsys.readouterr()
+    best = tmp_path / "a" / "best.pt"
+    before = best.read_bytes()
+    base = ["benchmark", best, "--attacks", "native:fgsm", "--n", "20"]
+    for out, message in (
+        (best, "is no benchmark result"),
+        (tmp_path, "is a directory"),
+        ("/proc/no/x.json", "cannot make the folder"),
+    ):
+        code, line = error_of(capsys, *base, "--out", out)
+        assert code == 2 and message in line
+    code, line = error_of(capsys, *base, "--mean", "0.5")
+    assert code == 2 and "knows its own network" in line
+    code, line = error_of(capsys, *base[:3], "fgsm", "--norm", "l2")
+    assert code == 2 and "cannot work in l2" in line
+    assert best.read_bytes() == before
+    assert run([str(a) for a in base]) == 0
+    table = capsys.readouterr().out
+    shown, _, written = table.partition("result: ")
+    assert "worst case" in shown and all(len(line) <= 80 for line in shown.splitlines()) and ".json" in written
+    assert run([*[str(a) for a in base], "--json"]) == 0  # the same question into the same file
+    assert json.loads(capsys.readouterr().out)["n"] == 20
+    assert len(list((tmp_path / "a").glob("best-benchmark-*.json"))) == 1
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, signum, code):
     arguments = [

@@ -100,7 +100,7 @@ BAD = {
             register("toy", "m:C", summary="s")
             register("toy", "m:D", summary="s")
         """,
-        "'toy' is registered twice by broken 1.0",
+        "'toy' is registered twice by faulty 1.0",
     ),
 }
 
@@ -108,9 +108,9 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_plugin_is_set_aside_and_the_others_go_on(site, fault):
     source, says = BAD[fault]
-    site.install("aaa").install("broken", source).install("zzz")
+    site.install("aaa").install("faulty", source).install("zzz")
     host = site.host()
-    assert says in only_reason(host, owner="broken")
+    assert says in only_reason(host, owner="faulty")
     assert list(host.loaded) == ["aaa", "zzz"]
     assert host["generator"].names() == ["aaa", "zzz"]
     assert [record["distribution"] for record in host.provenance()] == ["aaa", "zzz"]
@@ -118,16 +118,16 @@ def test_a_bad_plugin_is_set_aside_and_the_others_go_on(site, fault):
 
 
 def test_an_entry_point_to_nothing_is_set_aside(site):
-    site.install("aaa").install("broken", target="module_that_is_not_there").install("ccc", target="ccc:missing_object")
+    site.install("aaa").install("faulty", target="module_that_is_not_there").install("ccc", target="ccc:missing_object")
     host = site.host()
-    assert "module_that_is_not_there" in only_reason(host, owner="broken", count=2)
+    assert "module_that_is_not_there" in only_reason(host, owner="faulty", count=2)
     assert "missing_object" in only_reason(host, owner="ccc", count=2)
     assert host["generator"].names() == ["aaa"]
 
 
 def test_a_plugin_that_fails_half_way_leaves_nothing(site):
     site.install(
-        "broken",
+        "faulty",
         """
         from scl_defense import hookimpl
 
@@ -147,7 +147,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing(site):
         """,
     )
     host = site.host()
-    assert "after three names" in only_reason(host, owner="broken")
+    assert "after three names" in only_reason(host, owner="faulty")
     assert all(len(host[kind]) == 0 for kind in KINDS)
     assert host.call("load_checkpoint", path=Path("x"), options={}) is None
 
@@ -177,18 +177,18 @@ def test_two_distributions_with_one_entry_point_name_do_not_harm_each_other(site
 def test_a_raising_command_hook_sets_the_plugin_aside_and_the_others_go_on(site):
     commands = "\n    @hookimpl\n    def register_commands(cli):\n        cli.append('{name}')\n"
     site.install("aaa", GOOD + commands)
-    site.install("broken", GOOD + commands + "        raise KeyError('no such parent')\n")
+    site.install("faulty", GOOD + commands + "        raise KeyError('no such parent')\n")
     site.install("zzz", GOOD + commands)
     host, cli = site.host(), []
     host.register_commands(cli)
-    assert [name for name in cli if name != "broken"] == ["aaa", "zzz"]
+    assert [name for name in cli if name != "faulty"] == ["aaa", "zzz"]
     (aside,) = host.quarantined
-    assert aside.owner.name == "broken" and "no such parent" in aside.reason
+    assert aside.owner.name == "faulty" and "no such parent" in aside.reason
 
 
 def test_whatever_can_be_used_is_in_the_provenance(site):
     """Also after a plugin was set aside late: a checkpoint must record everything that may have made it."""
-    site.install("broken", GOOD + "\n    @hookimpl\n    def register_commands(cli):\n        raise KeyError('late')\n")
+    site.install("faulty", GOOD + "\n    @hookimpl\n    def register_commands(cli):\n        raise KeyError('late')\n")
     host = site.host()
     host.register_commands([])
     recorded = {record["distribution"] for record in host.provenance()}
@@ -222,4 +222,4 @@ def test_a_broken_file_leaves_no_module_behind(site, tmp_path):
     before = set(sys.modules)
     with pytest.raises(UserError):
         site.host(files=[write(tmp_path, "broken.py", "import colorsys\nraise RuntimeError")])
-    assert not {name for name in set(sys.modules) - before if "broken" in name}
+    assert not {name for name in set(sys.modules) - before if "faulty" in name}

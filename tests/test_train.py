@@ -225,6 +225,7 @@ def register_generators(register):
         ("shape", r"must return \(A, 32, 1, 8, 8\), not \(32, 1, 8, 8\)"),
         ("greedy", "used context.embed, which its needs do not declare"),
         ("odd", "needs .*weights"),
+        ("raises", "failed: KeyError: 'oops'"),
     ],
 )
 def test_a_generator_that_breaks_its_contract_is_refused_by_name(tmp_path, name, message):
@@ -279,15 +280,43 @@ def test_the_schedule_rises_then_falls_along_a_cosine():
     assert learning_rate(TrainConfig(warmup=0.0), 0, 5) == 3e-3 and learning_rate(TrainConfig(warmup=1.0), 4, 5) < 3e-3
 
 
-def test_the_best_checkpoint_is_the_most_robust_of_useful_clean_accuracy():
+HISTORY = [(0.3, 0.2), (0.7, 0.5), (0.95, 0.4), (0.9, 0.5), (0.95, 0.0)]  # clean, robust; the last one has collapsed
+
+
+@pytest.mark.parametrize(
+    ("views", "kept"), [(1.0, [(0.3, 0.2), (0.7, 0.5), (0.9, 0.5)]), (0.0, [(0.3, 0.2), (0.7, 0.5), (0.95, 0.4)])]
+)
+def test_the_best_checkpoint_is_the_most_robust_or_of_a_plain_run_the_most_accurate(views, kept):
     run = Run(TrainConfig(**TINY), default_host(), lambda event: None)
-    kept = []
-    for clean, robust in [(0.3, 0.2), (0.7, 0.5), (0.95, 0.4), (0.91, 0.45), (0.95, 0.45), (0.8, 0.9), (0.94, 0.45)]:
-        run.progress.top_clean = max(run.progress.top_clean, clean)
+    run.progress.sums = {"adversarial_views": views}
+    chosen = []
+    for clean, robust in HISTORY:
         if run.is_better(clean, robust):
             run.progress.best = {"clean": clean, "robust": robust}
-            kept.append((clean, robust))
-    assert kept == [(0.3, 0.2), (0.7, 0.5), (0.95, 0.4), (0.91, 0.45), (0.95, 0.45)]
+            chosen.append((clean, robust))
+    assert chosen == kept
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_folder(tmp_path):
+    with pytest.raises(ComponentError):
+        tiny(tmp_path, generator="none", lr=1e30, clip=0.0, epochs=1, name="mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eps_may_be_a_number_and_an_empty_one_is_an_error(tmp_path):
+    assert train(**TINY, eps=0.2, generator="none", out=str(tmp_path), dry_run=True)["threat"] == "linf:0.2"
+    with pytest.raises(UserError, match="eps '' is not a radius"):
+        tiny(tmp_path, eps="")
+
+
+def test_bf16_does_not_change_what_a_model_free_generator_makes(monkeypatch):
+    made = {}
+    for precision in ("fp32", "bf16"):
+        run = Run(TrainConfig(**TINY, precision=precision), default_host(), lambda event: None)
+        original = run.generate
+        monkeypatch.setattr(run, "generate", lambda *a, f=original, p=precision: made.setdefault(p, f(*a)))
+        run.train_step(torch.arange(32), 0, 0)
+    assert torch.equal(made["fp32"], made["bf16"])
 
 
 def test_the_twin_averages_weights_and_measures_its_own_statistics():

@@ -17,7 +17,7 @@ from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
 from scl_defense_benchmarks.library_guard import library_call, without_logging_setup
-from scl_defense_benchmarks.shims import LibraryNetwork, off_the_walls, smallest_success
+from scl_defense_benchmarks.shims import LibraryNetwork, UnitGradient, off_the_walls, smallest_success
 
 with without_logging_setup("art"):
     from art.attacks.evasion import CarliniL2Method, FastGradientMethod, ProjectedGradientDescent
@@ -32,12 +32,13 @@ def _call(
     images: Tensor,
     labels: Tensor,
     rng: torch.Generator,
+    shim: type[LibraryNetwork] = UnitGradient,
 ) -> Tensor:
     device = images.device
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"ART runs on cpu and cuda, not on {device.type}; use --device cpu or another attack")
     with library_call(classifier, rng=rng), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        network = LibraryNetwork(classifier, device).eval()
+        network = shim(classifier, device).eval()
         with torch.no_grad():
             classes = network(images[:1]).shape[1]
         estimator = PyTorchClassifier(
@@ -140,5 +141,6 @@ class CW:
             "batch_size": len(images),
             "verbose": False,
         }
-        found = _call(lambda net: CarliniL2Method(net, **settings), classifier, off_the_walls(images), labels, rng)
+        start = off_the_walls(images)
+        found = _call(lambda net: CarliniL2Method(net, **settings), classifier, start, labels, rng, shim=LibraryNetwork)
         return smallest_success(classifier, images, labels, [found])

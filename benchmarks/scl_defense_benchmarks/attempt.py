@@ -1,5 +1,6 @@
 """One attack of a battery: run on batches under guard, judged, and summed up as a row; and all of them together."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,9 @@ class _Run:
     seconds: float = 0.0
     forwards: int = 0
     backwards: int = 0
+    guided: list[Tensor] = dataclasses.field(default_factory=list)  # (N,) bool a batch: a usable gradient was seen
+    witness: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    traceable: bool = True  # every backward pass so far had as many rows as the batch
 
 
 def attempt(
@@ -80,6 +84,10 @@ def attempt(
             planned.threat,
             minimal=bool(planned.attack.minimal),
         )
+        if planned.attack.access == "white-box" and run.traceable and planned.threat.radius > 0:
+            # A random start moves an image, but without a gradient nobody has looked for its weakness.
+            tried = verdict.moved & (torch.cat(run.guided) | verdict.fooled)
+            verdict = dataclasses.replace(verdict, moved=tried)
     row = _row(planned, target.correct, judged, verdict, run)
     return Attempt(row, planned.threat, judged, verdict, run.wrote_input)
 
@@ -87,16 +95,18 @@ def attempt(
 def _run(
     target: Target, places: Tensor, planned: PlannedAttack, seed: int, batch_size: int, progress: Progress | None
 ) -> _Run:
-    network, images, labels = target.network, target.images, target.labels
+    images, labels = target.images, target.labels
     run, done = _Run(), 0
-    weights = [parameter.detach().clone() for parameter in network.parameters()]
-    with _count_passes(network, run):
+    # The judged network is never in an attack's hands: hooks, modules and weights that it leaves behind are its own.
+    network = copy.deepcopy(target.network)
+    with _watch_passes(network, run):
         for number, batch in enumerate(places.split(batch_size) if len(places) else ()):
             given, given_labels = images[batch], labels[batch]  # indexing copies: the attack may not reach ours
-            rng = stream(seed, f"attack {planned.label}", number)
+            run.witness = torch.zeros(len(batch), dtype=torch.bool, device=images.device)
+            rng = stream(seed, "attack", number)  # the same for every attack: what differs is the attack alone
             started = time.perf_counter()
             try:
-                global_seed = derive_seed(seed, f"globals of attack {planned.label}", number)
+                global_seed = derive_seed(seed, "globals of attack", number)
                 with frozen(network), seeded_globals(global_seed), torch.enable_grad():
                     returned = planned.attack(network, given, given_labels, planned.threat, rng)
                 returned = check_returned(returned, images[batch])
@@ -108,14 +118,12 @@ def _run(
                 run.seconds += time.perf_counter() - started
             run.wrote_input |= not (torch.equal(given, images[batch]) and torch.equal(given_labels, labels[batch]))
             run.returned.append(returned)
+            run.guided.append(run.witness)
             done += len(batch)
             if progress is not None:
                 progress(planned.label, done, len(places))
-    parameters = list(network.parameters())
-    if any(not torch.equal(now, before) for now, before in zip(parameters, weights, strict=True)):
-        for parameter, before in zip(parameters, weights, strict=True):
-            parameter.copy_(before)
-        run.fault = run.fault or "it changed the network's weights (they were restored before anything was judged)"
+    if not _same_weights(network, target.network):
+        run.fault = run.fault or "it changed the network's weights (of its copy; nothing was judged on that)"
     return run
 
 
@@ -140,12 +148,13 @@ def _row(planned: PlannedAttack, correct: Tensor, judged: Tensor, verdict: Verdi
             "nonfinite": int(verdict.nonfinite.sum()),
         }
     unmoved, lost = int((outcomes == results.UNMOVED).sum()), int((outcomes == results.BROKEN).sum())
+    robust = int((outcomes == results.ROBUST).sum())
     status, note = "ok", ""
     if run.fault:
         status, note = "failed", run.fault
     elif unmoved > diagnostics.DOUBTFUL * attacked:
         status = "invalid" if unmoved > diagnostics.INVALID * attacked else "doubtful"
-        note = f"it moved nothing on {unmoved} of {attacked} images"
+        note = f"it made no real attempt on {unmoved} of {attacked} images"
     known = status in ("ok", "doubtful")
     return AttackRow(
         label=planned.label,
@@ -163,8 +172,8 @@ def _row(planned: PlannedAttack, correct: Tensor, judged: Tensor, verdict: Verdi
         found=found,
         unmoved=unmoved,
         violations=violations,
-        robust_accuracy=(attacked - lost) / n if known else None,
-        interval=wilson(attacked - lost, n) if known else None,
+        robust_accuracy=robust / n if known else None,
+        interval=wilson(robust, n) if known else None,
         median_distance=median,
         seconds=round(run.seconds, 4),
         forwards=round(run.forwards / max(attacked, 1), 2),
@@ -206,24 +215,53 @@ def worst_case(threat: ThreatModel, target: Target, attempts: Sequence[Attempt])
     )
 
 
+class _Witnessed(torch.autograd.Function):
+    """The identity; on the way back it shows the gradient to a witness."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor, witness: Callable[[Tensor], None]) -> Tensor:
+        context.witness = witness
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        context.witness(gradient)
+        return gradient, None
+
+
 @contextmanager
-def _count_passes(network: nn.Module, run: _Run) -> Iterator[None]:
-    """Count images passed forward and backward through ``network``."""
+def _watch_passes(network: nn.Module, run: _Run) -> Iterator[None]:
+    """Count images passed forward and backward, and note which images ever got a finite gradient that is not zero."""
 
     def on_backward(gradient: Tensor) -> None:
         run.backwards += len(gradient)
+        flat = gradient.flatten(1)
+        if len(flat) == len(run.witness):
+            run.witness |= flat.isfinite().all(1) & (flat != 0).any(1)
+        else:
+            run.traceable = False
 
-    def on_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        images = inputs[0] if inputs else None
+        if isinstance(images, Tensor) and images.requires_grad and torch.is_grad_enabled():
+            return (_Witnessed.apply(images, on_backward), *inputs[1:])
+        return None
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() > 0:
             run.forwards += len(output)
-            if output.requires_grad:
-                output.register_hook(on_backward)
 
-    handle = network.register_forward_hook(on_forward)
+    handles = [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _same_weights(network: nn.Module, original: nn.Module) -> bool:
+    mine, theirs = dict(network.named_parameters()), dict(original.named_parameters())
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

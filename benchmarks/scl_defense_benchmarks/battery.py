@@ -71,6 +71,8 @@ def parse_battery(attacks: str | Iterable[str]) -> list[Request]:
     :class:`UserError` for an empty piece, a name after an option, or an option given twice.
     """
     texts = attacks.split(",") if isinstance(attacks, str) else list(attacks)
+    if not any(text.strip() for text in texts):
+        raise UserError("no attack is given; write names separated by commas, like fgsm,pgd,cw")
     return [_parse_attack(text) for text in texts]
 
 
@@ -102,10 +104,10 @@ def plan_attacks(
 ) -> Plan:
     """Build every attack of a battery and decide its ball; nothing is run.
 
-    threat: the main ball. budgets: norm -> usual eps of the data, for attacks that cannot work in the main norm
-    (Carlini-Wagner under Linf is counted at the L2 budget). ``norm`` and ``eps`` of a single attack win over both.
-    Raises :class:`UserError` for an unknown attack, option or norm, a norm the attack cannot do, a norm without a
-    budget, or the same attack twice.
+    threat: the main ball. budgets: norm -> usual eps of the data, for attacks that look for the smallest
+    perturbation and cannot do so in the main norm (Carlini-Wagner under Linf is counted at the L2 budget). ``norm``
+    and ``eps`` of a single attack win over both. Raises :class:`UserError` for an unknown attack, option or norm, a
+    norm the attack cannot do, a norm without a budget, or the same attack twice.
     """
     planned: list[PlannedAttack] = []
     for request in parse_battery(attacks):
@@ -130,6 +132,11 @@ def _ball_of(request: Request, attack: Attack, threat: ThreatModel, budgets: Map
             raise UserError(f"attack '{request.label}' cannot work in {norm}; '{request.name}' does {', '.join(can)}")
     elif threat.norm in can:
         norm = threat.norm
+    elif not attack.minimal:  # never another ball than the one that was asked for
+        raise UserError(
+            f"attack '{request.label}' cannot work in {threat.norm}, only in {', '.join(can)}; use native:pgd, or give "
+            f"it its own ball: {request.label}:norm={can[0]}"
+        )
     else:
         norm = next((norm for norm in can if norm in budgets), can[0])
     if request.eps is not None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from scl_defense.threat import ThreatModel
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -32,10 +34,20 @@ class Flag:
 
 def check_network(network: "nn.Module", images: "Tensor", labels: "Tensor", logits: "Tensor") -> list[Flag]:
     """Faults of the network itself. logits: (N, K), its answer to all ``images``; it must be in eval mode."""
-    from scl_defense_benchmarks.verdicts import decide
+    from scl_defense_benchmarks.forward import decide
 
     flags = []
     n, classes = logits.shape
+    if wrong := int((~logits.isfinite()).any(1).sum()):
+        flags.append(
+            Flag(
+                "not-finite-logits",
+                "error",
+                f"The network returns NaN or infinite logits for {wrong} of {n} clean images.",
+                "No comparison with such an output means anything.",
+                "Check the weights and the range and normalisation of the images.",
+            )
+        )
     accuracy, chance = float((decide(logits) == labels).double().mean()), 1 / classes
     limit = chance + 3 * (chance * (1 - chance) / n) ** 0.5
     if accuracy <= limit:
@@ -66,7 +78,7 @@ def check_network(network: "nn.Module", images: "Tensor", labels: "Tensor", logi
 def _check_repeatable(network: "nn.Module", images: "Tensor", labels: "Tensor", logits: "Tensor") -> list[Flag]:
     import torch.nn.functional as F
 
-    from scl_defense_benchmarks.verdicts import CHUNK, decide, logits_of
+    from scl_defense_benchmarks.forward import CHUNK, decide, logits_of
 
     images, labels, logits = images[:CHUNK], labels[:CHUNK], logits[:CHUNK]
 
@@ -102,6 +114,17 @@ def _check_repeatable(network: "nn.Module", images: "Tensor", labels: "Tensor", 
 def check_row(row: "AttackRow") -> list[Flag]:
     """Faults of one attack's run."""
     flags, about = [], (row.label,)
+    if not row.minimal and ThreatModel(row.norm, row.eps).radius == 0:
+        flags.append(
+            Flag(
+                "empty-ball",
+                "warning",
+                f"The ball {row.norm}:{row.eps} holds the image alone.",
+                "Nothing was attacked: this is the clean accuracy, not robustness.",
+                "Give an eps above 0.",
+                about,
+            )
+        )
     if row.status == "failed":
         flags.append(
             Flag(
@@ -118,7 +141,7 @@ def check_row(row: "AttackRow") -> list[Flag]:
             Flag(
                 "moved-nothing",
                 "error" if row.status == "invalid" else "warning",
-                f"It left {row.unmoved} of {row.attacked} attacked images where they were.",
+                f"It made no real attempt on {row.unmoved} of {row.attacked} images: not moved, or never a gradient.",
                 "An attack that made no attempt finds no weakness: those images are not counted as robust.",
                 "Look for vanishing or cut gradients, saturated pixels or a useless radius; try another attack.",
                 about,

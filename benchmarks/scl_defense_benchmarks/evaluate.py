@@ -3,8 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,16 +15,15 @@ from torch import Tensor, nn
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.plugins import PluginHost, default_host
-from scl_defense.runtime import derive_seed, select_device, versions
+from scl_defense.runtime import derive_seed, repeatable, select_device, versions
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks import diagnostics
 from scl_defense_benchmarks.attempt import Progress, Target, attempt, worst_case
 from scl_defense_benchmarks.battery import Plan, plan_attacks
+from scl_defense_benchmarks.forward import check_logits, decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
-from scl_defense_benchmarks.results import EvaluationResult, write
-from scl_defense_benchmarks.shims import check_logits
+from scl_defense_benchmarks.results import EvaluationResult, check_writable, write
 from scl_defense_benchmarks.statistics import wilson
-from scl_defense_benchmarks.verdicts import decide, logits_of
 
 
 def benchmark(
@@ -70,10 +68,16 @@ def benchmark(
         foreign |= {"classes": opened.classes, "image_shape": opened.image_shape}
     subject = _open_subject(checkpoint, host, device, foreign)
     if opened is None:
+        if isinstance(checkpoint, nn.Module):
+            raise UserError("a bare network does not say which data it belongs to; name it with data")
         if subject.data is None:
             raise UserError("the checkpoint does not say which data it belongs to; name it with data (--data)")
         options = subject.data_options if data_options is None else data_options
-        opened = open_data(subject.data, root=data_root or subject.data_root, options=options, host=host)
+        root = data_root
+        if root is None and subject.data_root and Path(subject.data_root).is_dir():
+            # A stranger's file may say where to look, never where to write.
+            root, options = subject.data_root, _without_download(host, subject.data, options)
+        opened = open_data(subject.data, root=root, options=options, host=host)
     name = opened.name
     if subject.num_classes is not None and subject.num_classes != len(opened.classes):
         raise UserError(
@@ -85,6 +89,8 @@ def benchmark(
             f"the checkpoint reads images {subject.image_shape}, '{name}' has {tuple(opened.image_shape)} (C, H, W); "
             "give the data it was trained on"
         )
+    if out is not None:
+        check_writable(out)  # before hours of attacks, not after
     threat = _main_threat(norm, eps, subject.threat, name, opened.budgets)
     plan = plan_attacks(attacks, host=host, threat=threat, budgets=opened.budgets)
     split = opened.split("test", limit=n, device=subject.device)
@@ -126,14 +132,20 @@ def evaluate(
 
     network: (N, C, H, W) in [0, 1] -> logits (N, K), evaluated in eval mode and given back unchanged. images: (N, C,
     H, W) float32 in [0, 1], on the network's device; labels: (N,) integers in [0, K). Every attack gets all images
-    that are classified rightly, ``batch_size`` at a time, each batch with a seed of its own. Examples are judged in
-    float32 on ``network``, always in chunks of one size, so ``batch_size`` reaches a label through the attack alone.
+    that are classified rightly, ``batch_size`` at a time, each batch with a seed of its own, and a deep copy of the
+    network to work on. Examples are judged in float32 on ``network`` itself, always in chunks of one size, so
+    ``batch_size`` reaches a label through the attack alone.
 
     Raises :class:`UserError` for images or labels that cannot be; an attack's fault never leaves this function.
     """
     _check_inputs(network, images, labels, batch_size)
     labels = labels.to(images.device, torch.int64)
-    with frozen(network), seeded_globals(derive_seed(seed, "network")), _full_precision(images.device):
+    with (
+        frozen(network),
+        seeded_globals(derive_seed(seed, "network")),
+        repeatable("fp32"),
+        torch.autocast(images.device.type, enabled=False),
+    ):
         logits = logits_of(network, images)
         if int(labels.max()) >= logits.shape[1]:
             raise UserError(f"label {int(labels.max())} has no logit: the network has {logits.shape[1]} classes")
@@ -191,8 +203,13 @@ def _open_subject(
         return _Subject(network, tensor.device, {"path": None, "network": type(checkpoint).__qualname__})
     from scl_defense.checkpoint import load_classifier
 
+    if not isinstance(checkpoint, (str, Path)):
+        raise UserError(f"a checkpoint is a path or a torch.nn.Module, not {type(checkpoint).__name__}")
     where = select_device(device)
     loaded = load_classifier(checkpoint, host=host, device=where, options=foreign)
+    ignored = [name for name in ("model", "model_options", "mean", "std") if foreign[name] is not None]
+    if ignored and loaded.data is not None:
+        raise UserError(f"'{checkpoint}' knows its own network and normalisation; leave {', '.join(ignored)} out")
     about = {"path": str(loaded.path), "sha256": loaded.sha256, **_json_part(loaded.meta)}
     return _Subject(
         loaded.network,
@@ -205,6 +222,11 @@ def _open_subject(
         loaded.data_options,
         loaded.data_root,
     )
+
+
+def _without_download(host: PluginHost, data: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = data in host["dataset"] and "download" in getattr(host["dataset"].get(data), "__dataclass_fields__", {})
+    return {**(options or {}), **({"download": False} if known else {})}
 
 
 def _json_part(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,19 +253,6 @@ def _main_threat(
     return ThreatModel(chosen, budgets[chosen])
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 means float32: no autocast from outside, no TF32 in convolutions and products of CUDA."""
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolutions.fp32_precision, products.fp32_precision
-    convolutions.fp32_precision = products.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        convolutions.fp32_precision, products.fp32_precision = before
-
-
 def _check_inputs(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
     if not isinstance(network, nn.Module):
         raise UserError(f"the network must be a torch.nn.Module from images to logits, not {type(network).__name__}")
@@ -267,7 +276,9 @@ def _check_fit(network: nn.Module, image: Tensor, classes: int, name: str) -> No
     with frozen(network), seeded_globals(0), torch.no_grad():
         try:
             logits = check_logits(network(image), 1)
-        except RuntimeError as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a stranger's network raises on these images
             fault = " ".join(str(error).split())[:200]
             raise UserError(f"the network cannot read images {tuple(image.shape[1:])} of '{name}': {fault}") from None
     if logits.shape[1] != classes:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from scl_defense.errors import UserError
 from scl_defense_benchmarks.diagnostics import Flag
 from scl_defense_benchmarks.statistics import Interval
 
@@ -32,13 +34,13 @@ class AttackRow:
     """One attack. Counts are of images; shares are of all n images.
 
     status: ``ok``; ``doubtful`` or ``invalid``: too many images were not moved; ``failed``: it raised or broke its
-    contract. robust_accuracy: the share of images that were right and are not broken; ``None`` for an invalid or
-    failed attack, whose number would mean nothing. The few unmoved images of a valid attack are in it, and in no
-    worst case.
+    contract. robust_accuracy: the share of images that were right, really attacked and not broken; ``None`` for an
+    invalid or failed attack, whose number would mean nothing.
     broken: verified examples inside its ball. found: verified wrong labels at any distance (differs from ``broken``
-    for ``minimal`` attacks alone). unmoved: right images that it left where they were (closer than 1e-3 eps; for
-    minimal attacks 1e-6). violations: examples outside box or ball (pulled back and judged again) or not finite
-    (judged as none). median_distance: of the found, in the row's norm. forwards, backwards: per attacked image.
+    for ``minimal`` attacks alone). unmoved: right images without a real attempt: left where they were (closer than
+    1e-3 eps; for minimal attacks 1e-6), or, by a white-box attack, never a gradient that was finite and not zero.
+    violations: examples outside box or ball (pulled back and judged again) or not finite (judged as none).
+    median_distance: of the found, in the row's norm. forwards, backwards: per attacked image.
     outcomes: one code an image (see ``OUTCOMES``). distances: one an image, ``None`` where there is no example.
     """
 
@@ -129,12 +131,31 @@ class EvaluationResult:
         return json.loads(json.dumps(plain, allow_nan=False))
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise :class:`UserError` when a result cannot be written to ``path``, or would replace something else."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"'{path}' is a directory; give the result a file name, like {path / 'result.json'}")
+    if path.exists():
+        try:
+            schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
+        except (OSError, ValueError, KeyError, TypeError):
+            schema = None
+        if not str(schema).startswith("scl-defense-result/"):
+            raise UserError(f"'{path}' exists and is no benchmark result; it is kept, choose another --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder '{path.parent}': {error.strerror}; choose another --out") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write in '{path.parent}'; choose another --out")
+
+
 def write(result: EvaluationResult, path: str | Path) -> None:
     """Write the result as JSON: the old file or the whole new one, never a part. Raises :class:`UserError`."""
     from scl_defense.checkpoint import atomic_write_bytes
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     atomic_write_bytes(path, ("".join(_lines(result.to_json())) + "\n").encode())
 
 

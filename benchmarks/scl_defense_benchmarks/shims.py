@@ -14,32 +14,18 @@ Two faults make Carlini-Wagner (CW) report robustness that is not there:
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
+from scl_defense_benchmarks.forward import check_logits, decide, logits_of
 
 WALL = 1e-2
 L2 = ThreatModel("l2", "0")  # for its distance only
 BOX = ThreatModel("linf", "1")  # its ball holds the whole box, so its projection is the box's
-
-
-def check_logits(output: object, count: int) -> Tensor:
-    """``output`` if it is one floating tensor (count, K) with K >= 2; raises :class:`UserError` otherwise."""
-    if not isinstance(output, Tensor):
-        raise UserError(
-            f"the network returns a {type(output).__name__}; an attack needs one tensor of logits (N, K): "
-            "wrap the network so that it returns the logits alone"
-        )
-    if output.dim() != 2 or len(output) != count or output.shape[1] < 2 or not output.is_floating_point():
-        raise UserError(
-            f"the network returns {output.dtype} {tuple(output.shape)} for {count} images; an attack needs floating "
-            f"point logits ({count}, K) with K >= 2 classes"
-        )
-    return output
 
 
 class LibraryNetwork(nn.Module):
@@ -56,6 +42,30 @@ class LibraryNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return check_logits(self.network(images.float()), len(images))
+
+
+class _UnitGradient(torch.autograd.Function):
+    """The identity; on the way back each image's gradient is divided by its largest entry."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor) -> Tensor:
+        return images.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        largest = gradient.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+        return torch.where(largest > 0, gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+
+
+class UnitGradient(LibraryNetwork):
+    """For attacks that step along the gradient's direction: its length is taken out.
+
+    Both libraries divide an L2 gradient by its length plus a floor (1e-10 and 1e-7), and the loss is a mean over the
+    batch: with small gradients (large logits, large batches) the step shrinks and the attack looks weak.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(_UnitGradient.apply(images.float()))
 
 
 class PositiveLogits(LibraryNetwork):
@@ -84,13 +94,15 @@ def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, cand
     with its perturbation carried over to the image: a pixel that the attack left alone is then exactly where it was.
     A failure comes back as the untouched image and never 0.01 beside it: it must be seen as one that moved nothing.
     """
+    if len(images) == 0:
+        return images.clone()
     best, nearest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
     start = off_the_walls(images)
     for candidate in candidates:
         shifted = images + (candidate - start)
         for example in (into_box(images, candidate), into_box(images, shifted)):
             with frozen(classifier):
-                fooled = classifier(example).argmax(1) != labels
+                fooled = decide(logits_of(classifier, example)) != labels
             distance = L2.distance(images, example).to(nearest)
             better = fooled & (distance < nearest)
             nearest = torch.where(better, distance, nearest)

@@ -11,7 +11,7 @@ from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
 from scl_defense_benchmarks.library_guard import library_call
-from scl_defense_benchmarks.shims import LibraryNetwork, PositiveLogits, off_the_walls, smallest_success
+from scl_defense_benchmarks.shims import LibraryNetwork, PositiveLogits, UnitGradient, off_the_walls, smallest_success
 
 
 def _call(
@@ -20,7 +20,7 @@ def _call(
     images: Tensor,
     labels: Tensor,
     rng: torch.Generator,
-    shim: type[LibraryNetwork] = LibraryNetwork,
+    shim: type[LibraryNetwork] = UnitGradient,
 ) -> Tensor:
     # The device context: CW of 3.3.0 makes a one-hot table on the default device and indexes it with the labels.
     with library_call(classifier, rng=rng), images.device:

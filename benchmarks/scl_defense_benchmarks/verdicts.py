@@ -7,28 +7,12 @@ from torch import Tensor, nn
 
 from scl_defense.errors import ComponentError
 from scl_defense.threat import ThreatModel
-from scl_defense_benchmarks.shims import check_logits, into_box
+from scl_defense_benchmarks.forward import decide, logits_of
+from scl_defense_benchmarks.shims import into_box
 
-# Every forward pass of a check has this many images: how many the attack had at a time must not reach the label.
-CHUNK = 64
 BOX_TOLERANCE = 1e-6  # float32 rounding of x + d, cut off without being called a violation
 STILL = 1e-3  # in units of eps: closer to its image than this, an example is no attempt
 STILL_MINIMAL = 1e-6  # the same for attacks without a radius
-
-
-@torch.no_grad()
-def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Float32 logits (N, K) of ``images`` (N, C, H, W), in chunks of one size: the last one is filled up."""
-    found = []
-    for chunk in images.split(CHUNK):
-        filler = images[:1].expand(CHUNK - len(chunk), *images.shape[1:])
-        found.append(check_logits(network(torch.cat([chunk, filler])), CHUNK)[: len(chunk)].float())
-    return torch.cat(found)
-
-
-def decide(logits: Tensor) -> Tensor:
-    """The predicted label of each row, (N,); -1, which is no class, where a logit is NaN."""
-    return torch.where(logits.isnan().any(1), -1, logits.nan_to_num().argmax(1))
 
 
 def check_returned(returned: object, images: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def command(
     settings["data_options"] = common.key_values(data_options, "-d") or None
     settings["model_options"] = common.key_values(model_options, "-m") or None
     settings |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
-    out = out or str(_beside(path, settings))
+    out = out or str(_beside(path, {**settings, "plugins": plugins}))
     from scl_defense import benchmark
     from scl_defense.cli.progress import AttackProgress
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from scl_defense_benchmarks.battery import Plan, PlannedAttack
 from scl_defense_benchmarks.evaluate import evaluate
 from torch import nn
@@ -31,8 +32,12 @@ class Planted:
     minimal: bool = False
     access: str = "white-box"
     norms: frozenset[str] = frozenset({"linf", "l2"})
+    looks: bool = True  # a white-box attack takes a gradient, as its access says
 
     def __call__(self, classifier, images, labels, threat, rng):
+        if self.looks and self.access == "white-box":
+            with torch.enable_grad():
+                F.cross_entropy(classifier(images.clone().requires_grad_()), labels).backward()
         return self.make(classifier, images, labels, threat, rng)
 
 

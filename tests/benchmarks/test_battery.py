@@ -30,7 +30,7 @@ def test_parsing_takes_names_with_colons_options_and_an_own_ball():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "empty part"),
+        ("", "no attack is given"),
         ("fgsm,,pgd", "empty part"),
         ("fgsm,", "empty part"),
         ("pgd::steps=3", "empty part"),
@@ -77,8 +77,15 @@ def test_the_ball_of_an_attack(host, text, ball):
 
 
 def test_under_a_main_l2_ball_everything_that_can_works_in_it(host):
-    plan = plan_attacks("fgsm,pgd,cw,noise", host=host, threat=ThreatModel("l2", "0.7"), budgets=BUDGETS)
-    assert [str(planned.threat) for planned in plan.attacks] == ["linf:8/255", "l2:0.7", "l2:0.7", "l2:0.7"]
+    main = ThreatModel("l2", "0.7")
+    plan = plan_attacks("pgd,cw,noise,fgsm:norm=linf", host=host, threat=main, budgets=BUDGETS)
+    assert [str(planned.threat) for planned in plan.attacks] == ["l2:0.7", "l2:0.7", "l2:0.7", "linf:8/255"]
+
+
+def test_no_attack_silently_works_in_another_ball_than_the_one_asked_for(host):
+    for attack, norm, can in (("fgsm", "l2", "linf"), ("pgd", "l1", "linf, l2")):
+        with pytest.raises(UserError, match=f"'{attack}' cannot work in {norm}, only in {can}; use native:pgd"):
+            plan_attacks(attack, host=host, threat=ThreatModel(norm, "1"), budgets=BUDGETS)
 
 
 @pytest.mark.parametrize(

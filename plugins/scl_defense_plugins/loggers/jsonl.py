@@ -1,6 +1,7 @@
 """Training records as JSON lines."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class JsonLines:
         path = run_dir / NAME
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _epoch(line) < epoch]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            part = path.with_name(f".{NAME}.part")
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(part, path)
         return _Writer(path)
 
 
