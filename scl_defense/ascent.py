@@ -65,20 +65,14 @@ def ascend(
     length = threat.radius * (default_rel_step(steps) if rel_step is None else rel_step)
     for _ in range(steps):
         gradient = _gradient(objective, adversarial)
-        flat = _finite(gradient.flatten(1))
+        # NaN is no direction; an infinite slope is the largest there is.
+        flat = torch.nan_to_num(gradient.flatten(1), nan=0.0)
         direction = threat.steepest(flat.view_as(images), adversarial)
         stuck = flat.abs().amax(1) == 0
         if stuck.any():  # drawn for the whole batch: the number drawn does not depend on which samples are stuck
             direction = torch.where(stuck.view(-1, 1, 1, 1), threat.random_direction(images, rng), direction)
         adversarial = threat.project(images, adversarial + length * direction)
     return adversarial
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    """NaN is no direction; beside an infinite slope the finite ones do not count."""
-    gradient = gradient.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    infinite = gradient.isinf()
-    return torch.where(infinite.any(1, keepdim=True), gradient.sign() * infinite, gradient)
 
 
 def _gradient(objective: Objective, adversarial: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def write(result: EvaluationResult, path: str | Path) -> None:
     """Write the result as JSON: the old file or the whole new one, never a part. Raises :class:`UserError`."""
     from scl_defense.checkpoint import atomic_write_bytes
 
-    check_writable(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, ("".join(_lines(result.to_json())) + "\n").encode())
 
 

@@ -19,8 +19,7 @@ from scl_defense.types import Batch, Context, GeneratorBatch, component
 
 def lent_network(context: Context) -> Network:
     """The network behind ``context.embed``: what a closure holds, anybody can dig out."""
-    (cell,) = context.embed.__closure__
-    return cell.cell_contents.__self__
+    return next(cell.cell_contents.__self__ for cell in context.embed.__closure__ if callable(cell.cell_contents))
 
 
 def up_the_stack(name: str, kind: type) -> Any:
