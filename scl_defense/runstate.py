@@ -71,6 +71,8 @@ def restore(run: "Run", state: Mapping[str, Any]) -> None:
 def read(run: Path) -> tuple[Path, dict[str, Any]]:
     """The folder and last checkpoint of an unfinished run (its folder, or the file). Raises :class:`UserError`."""
     path = run / "last.pt" if run.is_dir() else run
+    if not run.exists():
+        raise UserError(f"there is nothing to resume: '{run}' does not exist; give the folder of a run")
     if not path.exists():
         raise UserError(f"there is nothing to resume in '{run}': {path.name} is missing; start the run again")
     content, _ = checkpoint.read(path)

@@ -79,10 +79,10 @@ def _read(archive: Path, *keys: str) -> dict[str, np.ndarray]:
             raise UserError(
                 f"'{archive}' holds an object array, which could run code; store plain uint8 images and integer labels"
             ) from None
-        text = " ".join(str(error).split())
+        # numpy's own text recommends loading unsafely; that advice must not reach the user.
+        kind = "it is damaged or cut short" if _is_zip(archive) else "it is no zip file as numpy.savez writes them"
         raise UserError(
-            f"'{archive}' is not a readable .npz archive ({type(error).__name__}: {text[:120]}); it may be cut short: "
-            "copy or write it again"
+            f"'{archive}' is not a readable .npz archive: {kind} ({type(error).__name__}); copy or write it again"
         ) from error
 
 
