@@ -59,7 +59,7 @@ def test_a_component_that_raises_is_asked_everything_and_answers_in_one_line():
     failed = {result.check: result.message for result in results if not result.passed}
     assert {result.check for result in results if result.passed} >= {"can-be-built", "documented", "needs-declared"}
     assert {"inside-ball", "detached", "deterministic", "constant-images", "one-view"} <= set(failed)
-    assert failed["inside-ball"] == "it raised RuntimeError: a message of several lines"
+    assert failed["inside-ball"] == "generator 'Raises' failed: RuntimeError: a message of several lines"
     assert all("\n" not in message for message in failed.values())
 
 
