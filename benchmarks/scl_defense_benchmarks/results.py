@@ -184,7 +184,7 @@ def render(result: EvaluationResult) -> "Group":
     from rich.text import Text
 
     parts: list[Any] = [_table(result)]
-    about = f"n = {result.n} test images, seed {result.seed}, 95 % Wilson intervals"
+    about = f"n = {result.n} test images, seed {result.seed}, 95 % Wilson intervals, worst case per image"
     if result.data:
         about = f"{result.data['name']}: {about}"
     parts.append(Text(about, style="dim"))
@@ -198,8 +198,9 @@ def render(result: EvaluationResult) -> "Group":
                 )
             )
     for flag in result.flags:
-        where = f" ({', '.join(flag.attacks)})" if flag.attacks else ""
-        line = Text(f"{flag.severity} {flag.id}{where}: ", style="bold red" if flag.severity == "error" else "yellow")
+        about = ", ".join([flag.severity, *flag.attacks])
+        style = "bold red" if flag.severity == "error" else "yellow"
+        line = Text(f"flag {flag.id} ({about}): ", style=style)
         parts.append(line.append(f"{flag.what} {flag.why} {flag.remedy}", style="default"))
     return Group(*parts)
 
@@ -232,7 +233,7 @@ def _table(result: EvaluationResult) -> "Table":
         numbers = _numbers(case.robust_accuracy, case.interval)
         status = Text("" if case.robust_accuracy is not None else "unknown", style="bold red")
         ball = f"{case.norm}:{case.eps}"
-        table.add_row("worst case per image", ball, *numbers, str(case.broken), status, style="bold")
+        table.add_row("worst case", ball, *numbers, str(case.broken), status, style="bold")
     return table
 
 
