@@ -123,8 +123,13 @@ def _type_text(prop: Mapping[str, Any]) -> str:
     text = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "null": "none"}.get(
         prop.get("type", ""), prop.get("type", prop.get("const", "any"))
     )
-    low = prop.get("minimum", prop.get("exclusiveMinimum"))
-    high = prop.get("maximum", prop.get("exclusiveMaximum"))
+    low, high = (
+        value if value is None or value != int(value) else int(value)  # 0, not 0.0: pydantic's versions differ
+        for value in (
+            prop.get("minimum", prop.get("exclusiveMinimum")),
+            prop.get("maximum", prop.get("exclusiveMaximum")),
+        )
+    )
     if low is not None or high is not None:
         text += f" {'(' if 'exclusiveMinimum' in prop else '['}{'' if low is None else low}, "
         text += f"{'' if high is None else high}{')' if 'exclusiveMaximum' in prop or high is None else ']'}"

@@ -17,6 +17,8 @@ COMMANDS = {
     "plugins": ("scl_defense.cli.plugins", "What is installed and from where; the contract test."),
     "info": ("scl_defense.cli.info", "What a checkpoint holds."),
 }
+# click 8.2 raises it where 8.1 printed the help by itself; an empty tuple catches nothing.
+NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 class LazyGroup(click.Group):
@@ -78,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result: Any = cli.main(args=arguments, prog_name="scl-defense", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
+    except NO_ARGUMENTS as error:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
