@@ -104,7 +104,8 @@ def train(
             with logs.locked(run_dir), stop_on_signal() as stop:
                 return run.run(run_dir, stop)
         finally:
-            logs.remove_if_empty(run_dir)
+            if state is None:  # a folder that this call made: a resumed run's folder is never taken away
+                logs.remove_if_empty(run_dir)
 
 
 class Run:

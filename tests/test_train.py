@@ -303,6 +303,27 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_folder(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_resumed_run_that_fails_takes_nothing_away(tmp_path, monkeypatch):
+    """A copy of a checkpoint under another name, among a user's other files."""
+
+    def stop(event):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        tiny(tmp_path, generator="none", on_event=stop)
+    (folder,) = tmp_path.iterdir()
+    (folder / "last.pt").rename(folder / "copy.pt")
+    (folder / "thesis.txt").write_text("years of work")
+
+    def fail(self, run_dir, stop):
+        raise ComponentError("broken")
+
+    monkeypatch.setattr(Run, "run", fail)
+    with pytest.raises(ComponentError):
+        train(resume=folder / "copy.pt")
+    assert (folder / "thesis.txt").exists() and (folder / "copy.pt").exists()
+
+
 def test_eps_may_be_a_number_and_an_empty_one_is_an_error(tmp_path):
     assert train(**TINY, eps=0.2, generator="none", out=str(tmp_path), dry_run=True)["threat"] == "linf:0.2"
     with pytest.raises(UserError, match="eps '' is not a radius"):

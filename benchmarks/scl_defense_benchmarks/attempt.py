@@ -70,7 +70,7 @@ def attempt(
     """Run one attack on every rightly classified image and judge what it returns. Never raises for its faults.
 
     ``target.network`` must be in eval mode, and gradients switched off outside. Every batch has its own seed, derived
-    from ``seed``, the attack's label and the batch's number.
+    from ``seed`` and the batch's number: all attacks of a battery start alike.
     """
     places = target.correct.nonzero().squeeze(1)
     run = _run(target, places, planned, seed, batch_size, progress)

@@ -52,8 +52,10 @@ def benchmark(
 
     checkpoint: a file, or an ``nn.Module`` from images in [0, 1] to logits; the latter needs ``data`` and stays on its
     device unless ``device`` names one. attacks: see :func:`scl_defense_benchmarks.battery.parse_battery`. data,
-    data_options: default: what the checkpoint was trained on. norm, eps: the main ball; default: the checkpoint's, else
-    Linf at the data's usual radius. n: a fixed stratified subset of so many test images. out: where the result is
+    data_options, data_root: default: what the checkpoint was trained on. model, model_options, mean, std: for a file of
+    bare weights, the registered network they belong to and the normalisation before it (default none); ``data`` is then
+    needed too, and a checkpoint that knows its own refuses them. norm, eps: the main ball; default: the checkpoint's,
+    else Linf at the data's usual radius. n: a fixed stratified subset of so many test images. out: where the result is
     written as JSON. command: recorded in the result as it stands.
 
     Raises :class:`UserError` before anything is attacked: no data, a checkpoint that does not fit the data, a
