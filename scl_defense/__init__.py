@@ -12,9 +12,12 @@ from scl_defense.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from scl_defense_benchmarks.evaluate import benchmark
+    from scl_defense_benchmarks.study import study
 
     from scl_defense.checkpoint import load_classifier
     from scl_defense.config import TrainConfig
+    from scl_defense.protocols import finetune
+    from scl_defense.stored import generate_examples
     from scl_defense.threat import ThreatModel
     from scl_defense.train import train
 
@@ -28,7 +31,10 @@ _LAZY = {
     "ThreatModel": "scl_defense.threat",
     "TrainConfig": "scl_defense.config",
     "benchmark": "scl_defense_benchmarks.evaluate",
+    "finetune": "scl_defense.protocols",
+    "generate_examples": "scl_defense.stored",
     "load_classifier": "scl_defense.checkpoint",
+    "study": "scl_defense_benchmarks.study",
     "train": "scl_defense.train",
 }
 
@@ -40,8 +46,11 @@ __all__ = [
     "UserError",
     "__version__",
     "benchmark",
+    "finetune",
+    "generate_examples",
     "hookimpl",
     "load_classifier",
+    "study",
     "train",
 ]
 

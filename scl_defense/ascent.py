@@ -5,17 +5,19 @@ Madry et al. 2018 (random start), Wong et al. 2020 (one step of 1.25 eps from a 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from scl_defense.errors import ComponentError, UserError
-from scl_defense.losses import infonce
+from scl_defense.losses import infonce, ntxent, unit
 from scl_defense.threat import ThreatModel
 
 Objective = Callable[[Tensor], Tensor]
 Start = Literal["uniform", "gaussian", "zero"] | Tensor
+Contrastive = Literal["infonce", "ntxent-joint", "align", "supcon"]
+Negatives = Literal["all", "other-classes"]
 GAUSSIAN_START = 0.001  # TRADES and MART start at x + 0.001 N(0, I)
 
 
@@ -95,42 +97,102 @@ def ascend_contrast(
     views: Tensor,
     threat: ThreatModel,
     *,
-    perturb: Literal["one", "both"] = "one",
+    objective: Contrastive = "infonce",
+    negatives: Negatives = "all",
+    labels: Tensor | None = None,
+    count: int = 1,
     temperature: float = 0.5,
     steps: int,
     rel_step: float | None = None,
     start: Literal["uniform", "gaussian", "zero"] = "uniform",
     rng: torch.Generator,
 ) -> Tensor:
-    """Label-free contrastive PGD: maximise one-sided InfoNCE of a perturbed view against another view.
+    """Contrastive PGD: maximise a contrastive loss of perturbed views. Returns ``count`` of them, (A, N, C, H, W).
 
-    For image i, view a_i and reference r_i = embed(b_i) of the next view b (of a itself when V = 1), the reference
-    embeddings being computed once and held fixed::
+    Adversarial view a is made around ``views[a % V]`` from a start of its own, against the next view: with a_i image i
+    of that view, z the unit-length embedding, r_i = z(b_i) of the view ``(a + 1) % V`` (of a itself when V = 1),
+    computed once and held fixed, and s_ik = z(a_i + delta).r_k / temperature, the objectives are
 
-        max_{delta in ball} -z(a_i + delta).r_i / temperature + log sum_k exp(z(a_i + delta).r_k / temperature)
+    - ``infonce``:  -s_ii + log sum_k exp(s_ik). Separable in i, label-free: the attack of RoCL, one-sided.
+      ``negatives="other-classes"`` leaves the class-mates k != i with y_k = y_i out of the sum (labels).
+    - ``align``:  -s_ii alone, a cosine (SupRobCon): no negatives, and no gradient at delta = 0 against itself.
+    - ``supcon``:  -1/|P_i| sum_{p in P_i} log( exp(s_ip) / sum_k exp(s_ik) ), P_i = {p: y_p = y_i}, i among them:
+      Khosla et al. 2020, eq. 2, with the references in place of the other rows (labels).
+    - ``ntxent-joint``:  NT-Xent (Chen et al. 2020) of the whole batch, everything perturbed jointly, so that the other
+      images' adversarials stand in the denominators. A = 1: over the rows z(a + delta) and r (Kim et al. 2020, RoCL);
+      A >= 2: over the A perturbed views alone (A = 2: Jiang et al. 2020, ACL).
 
-    with unit-length z. It is separable in i; only r depends on the rest of the batch. The encoder in training as
-    ``embed`` gives the label-free attack of RoCL (Kim et al. 2020), one-sided; a fixed feature map gives the
-    model-free attack.
+    The encoder in training as ``embed`` gives the published online attacks; a fixed feature map the model-free one.
 
-    embed: (N, C, H, W) -> (N, ...) features, flattened here. views: (V, N, C, H, W) in [0, 1]. Returns (A, N, C, H, W)
-    with A = 1 (``perturb="one"``: view 0) or 2 (``"both"``: views 0 and 1). Raises :class:`UserError` for N = 1
-    (without a negative the gradient vanishes) and for ``both`` with a single view.
+    embed: (N, C, H, W) -> (N, ...) features, flattened here. views: (V, N, C, H, W) in [0, 1]. labels: (N,). Raises
+    :class:`UserError` for N = 1 (without a negative the gradient vanishes; ``align`` has none) and for ``align`` of a
+    view against itself from a zero start.
     """
-    count = {"one": 1, "both": 2}[perturb]
-    if views.shape[1] < 2:
+    if objective not in get_args(Contrastive):
+        raise UserError(f"objective '{objective}' is unknown; it must be one of {', '.join(get_args(Contrastive))}")
+    check_negatives(objective, negatives)
+    if objective != "align" and views.shape[1] < 2:
         raise UserError("contrastive PGD needs at least 2 images a batch: with one there is no negative, no gradient")
-    if count > len(views):
-        raise UserError("perturb=both needs a trainer with two views; write perturb=one")
+    if objective == "align" and start == "zero" and len(views) == 1:
+        raise UserError("objective=align has no gradient at a view against itself; use start=uniform, or two views")
+    if labels is None and (objective == "supcon" or negatives == "other-classes"):
+        raise ComponentError(f"objective {objective} with negatives {negatives} needs labels")
+    places = [place % len(views) for place in range(count)]
+    walk: dict[str, Any] = {"steps": steps, "rel_step": rel_step, "start": start, "rng": rng}
+    if objective == "ntxent-joint":
+        return _ascend_jointly(embed, views, places, threat, temperature, walk)
+    mates = None if labels is None else labels[:, None] == labels[None, :]
     adversarial = []
-    for index in range(count):
+    for place in places:
         with torch.no_grad():
-            references = embed(views[(index + 1) % len(views)]).flatten(1)
+            references = embed(views[(place + 1) % len(views)]).flatten(1)
 
-        def objective(images: Tensor, references: Tensor = references) -> Tensor:
-            return infonce(embed(images).flatten(1), references, temperature)
+        def loss(images: Tensor, references: Tensor = references) -> Tensor:
+            found = embed(images).flatten(1)
+            if objective == "align":
+                return -(unit(found) * unit(references)).sum(1) / temperature
+            if objective == "supcon" and mates is not None:
+                return _one_sided_supcon(found, references, mates, temperature)
+            return infonce(found, references, temperature, exclude=mates if negatives == "other-classes" else None)
 
-        adversarial.append(
-            ascend(objective, views[index], threat, steps=steps, rel_step=rel_step, start=start, rng=rng)
-        )
+        adversarial.append(ascend(loss, views[place], threat, **walk))
     return torch.stack(adversarial)
+
+
+def check_negatives(objective: str, negatives: str) -> None:
+    """``negatives`` is a choice of InfoNCE alone. Raises :class:`UserError`."""
+    if negatives not in get_args(Negatives):
+        raise UserError(f"negatives '{negatives}' is unknown; it must be one of {', '.join(get_args(Negatives))}")
+    if negatives != "all" and objective != "infonce":
+        raise UserError(f"negatives={negatives} goes with objective=infonce, not with {objective}; leave one out")
+
+
+def _ascend_jointly(
+    embed: Callable[[Tensor], Tensor],
+    views: Tensor,
+    places: list[int],
+    threat: ThreatModel,
+    temperature: float,
+    walk: dict[str, Any],
+) -> Tensor:
+    count, shape = len(places), views.shape[1:]
+    fixed = []
+    if count == 1:
+        with torch.no_grad():
+            fixed = [embed(views[1 % len(views)]).flatten(1)]
+
+    def loss(images: Tensor) -> Tensor:
+        rows = embed(images).flatten(1)
+        mean = ntxent(torch.stack([*rows.chunk(count), *fixed]), temperature)
+        return mean.expand(len(images))  # one number of the whole batch: only its gradient is asked for
+
+    return ascend(loss, views[places].flatten(0, 1), threat, **walk).view(count, *shape)
+
+
+def _one_sided_supcon(embed: Tensor, references: Tensor, mates: Tensor, temperature: float) -> Tensor:
+    """(N,): the mean over positives is infonce's own term with the mean of the positives' references."""
+    z, r = unit(embed), unit(references)
+    with torch.autocast(z.device.type, enabled=False):  # as in losses: bfloat16 is off by 0.02 at temperature 0.1
+        weight = mates.to(z.dtype)
+        mean = (weight @ r) / weight.sum(1, keepdim=True)
+        return (z @ r.T / temperature).logsumexp(1) - (z * mean).sum(1) / temperature

@@ -25,6 +25,7 @@ from scl_defense.plugins import PluginHost, default_host
 from scl_defense.threat import ThreatModel
 
 FORMAT = "scl-defense-checkpoint/1"
+_WEIGHTS = ("network", "training", "twin", "optimizer")
 _REQUIRED = {
     "network": dict,
     "model": str,
@@ -235,8 +236,7 @@ def load_classifier(
         data_root=config.get("data_root"),
         path=path,
         sha256=sha256,
-        meta={name: value for name, value in content.items() if name not in ("network", "optimizer", "twin")}
-        | {"config": config},
+        meta={name: value for name, value in content.items() if name not in _WEIGHTS} | {"config": config},
     )
 
 

@@ -38,9 +38,13 @@ class TrainConfig:
     trainer_options: Annotated[Options, Field(description="options of the trainer")] = dataclasses.field(
         default_factory=dict
     )
-    generator: Annotated[str, Field(description="generator of adversarial views (none: train without)")] = (
-        "contrastive-pgd"
-    )
+    generator: Annotated[
+        str | None,
+        Field(
+            description="generator of adversarial views (none: train without; mix:A=0.5,B=0.5; file:PATH); default: "
+            "the trainer's usual one, else contrastive-pgd"
+        ),
+    ] = None
     generator_options: Annotated[Options, Field(description="options of the generator")] = dataclasses.field(
         default_factory=dict
     )
@@ -54,6 +58,10 @@ class TrainConfig:
         BeforeValidator(_as_written),
         Field(description="radius, as 8/255 or 0.1; default: the data set's usual one"),
     ] = None
+    eps_start: Annotated[
+        float, Field(ge=0, le=10, allow_inf_nan=False, description="radius in training starts at this share of eps")
+    ] = 1.0
+    eps_ramp: Annotated[float, Field(ge=0, le=1, description="share of all steps in which it goes over to eps")] = 0.0
     epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training split")] = 40
     batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="images a step")] = 128
     optimizer: Annotated[Literal["adamw", "sgd"], Field(description="optimizer")] = "adamw"
@@ -66,8 +74,24 @@ class TrainConfig:
         float, Field(ge=0, le=1, description="share of all steps with rising learning rate, then cosine")
     ] = 0.1
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False, description="largest gradient norm; 0: no clipping")] = 1.0
+    average: Annotated[
+        float, Field(ge=0, lt=1, description="decay of the weight average that is validated and kept; 0: off")
+    ] = 0.0
+    awp: Annotated[
+        float,
+        Field(ge=0, le=1, description="adversarial weight perturbation, relative size (0.005 is usual); 0: off"),
+    ] = 0.0
+    awp_after: Annotated[float, Field(ge=0, le=1, description="share of all steps before it begins")] = 0.05
+    patience: Annotated[
+        int, Field(ge=0, description="stop after so many epochs without a better validation accuracy; 0: never")
+    ] = 0
+    init: Annotated[str | None, Field(description="checkpoint whose encoder is the start; default: random")] = None
     augment: Annotated[Literal["none", "weak", "simclr"], Field(description="augmentation of the views")] = "weak"
     strength: Annotated[float, Field(ge=0, le=1, description="strength of the augmentation")] = 1.0
+    strength_end: Annotated[
+        float | None, Field(ge=0, le=1, description="strength that it moves to, linearly; default: it stays")
+    ] = None
+    strength_every: Annotated[int, Field(ge=1, description="epochs between two changes of the strength")] = 1
     limit: Annotated[int | None, Field(ge=2, description="use only so many training images (stratified)")] = None
     val_fraction: Annotated[
         float, Field(gt=0, lt=1, description="share of the training split cut off for validation")
@@ -157,6 +181,14 @@ def construct(cls: type, options: Mapping[str, Any], what: str) -> Any:
         raise ComponentError(f"{what} cannot be built: {error}; make it with scl_defense.types.component") from error
 
 
+def with_generator(config: TrainConfig, host: PluginHost) -> TrainConfig:
+    """The recipe with its generator named: where it names none, the trainer's ``usual`` one, else contrastive-pgd."""
+    if config.generator is not None:
+        return config
+    name, options = getattr(host["trainer"].get(config.trainer), "usual", ("contrastive-pgd", {}))
+    return dataclasses.replace(config, generator=name, generator_options={**options, **config.generator_options})
+
+
 def _is_sequence(hint: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is_sequence(part) for part in typing.get_args(hint))
@@ -213,6 +245,8 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):  # generator_options of a mixture's part: contrastive-pgd.steps = 5
+        return "{" + ", ".join(f"{_toml_value(str(k))} = {_toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, float) and value == int(value) and abs(value) < 1e15:

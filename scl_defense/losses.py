@@ -1,5 +1,9 @@
 """The contrastive losses, each with its equation. Inputs need not be normalised; log-sum-exp runs in float32."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +92,157 @@ def infonce(embed: Tensor, references: Tensor, temperature: float = 0.5, *, excl
             exclude & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device), -torch.inf
         )
     return scores.logsumexp(1) - own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """One term of the weighted multi-view contrastive loss, see :func:`multiview`.
+
+    A view has a role, such as ``clean:0``, ``clean:1`` or ``adv:0``; the name ``adv`` means every role ``adv:*``.
+
+    positives: views of the same image (``instance``) or of the same class (``class``). temperature > 0.
+    views: roles that take part (empty: all). anchors: those of them that are anchors (empty: all that take part).
+    weights: (anchor's role, positive's role) -> w >= 0, 1 where nothing is said. A weight of 0 takes the pair from the
+    positives; it stays in the denominator.
+    stop: pairs (anchor's role, other's role) in which the other embedding is a constant (a stop-gradient).
+    select: which other-class rows are negatives, by the classifier's predictions (Bui et al. 2021, ASCL): ``all``;
+    ``hard``: predicted as the anchor's class; ``soft``: predicted as the anchor is; ``leaked``: as soft, and positives
+    must be predicted as the anchor is, too.
+    beta >= 0: negatives are weighted by exp(beta * s_ik), normalised to a mean of 1 (Robinson et al. 2021; 0: alike).
+    tau_plus in [0, 1): the assumed share of false negatives, taken out of the denominator (Chuang et al. 2020).
+    """
+
+    positives: Literal["instance", "class"] = "class"
+    temperature: float = 0.1
+    views: tuple[str, ...] = ()
+    anchors: tuple[str, ...] = ()
+    weights: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    stop: frozenset[tuple[str, str]] = frozenset()
+    select: Literal["all", "hard", "soft", "leaked"] = "all"
+    beta: float = 0.0
+    tau_plus: float = 0.0
+
+
+def multiview(
+    views: Tensor,
+    roles: Sequence[str],
+    labels: Tensor,
+    contrast: Contrast,
+    *,
+    predictions: Tensor | None = None,
+) -> Tensor:
+    """The weighted multi-view contrastive loss, of which SimCLR, SupCon, RoCL, ACL and ASCL are special cases.
+
+    For anchor i, candidates C(i) (all rows that take part but i, less the negatives that ``select`` drops), positives
+    P(i) in C(i), s_ij = z_i . sg_ij(z_j) / temperature, with sg_ij the stop-gradient where ``stop`` asks for it::
+
+        l_i = -1/W_i * sum_{p in P(i)} w_ip * log( exp(s_ip) / D_i ),     W_i = sum_{p in P(i)} w_ip
+        D_i = sum_{p in C(i), positive} exp(s_ip) + G_i
+
+    with G_i the sum of exp(s_ik) over the negatives k or, with ``beta`` or ``tau_plus`` (A-InfoNCE, Yu et al. 2022,
+    after Robinson et al. 2021, eq. 4), with M negatives::
+
+        G_i = max( (sum_k n_ik exp(s_ik) - tau_plus * M * mean_p exp(s_ip)) / (1 - tau_plus),  M * exp(-1/temperature) )
+        n_ik = M * exp(beta * s_ik) / sum_k exp(beta * s_ik),   not differentiated
+
+    The mean runs over anchors with W_i > 0; there is none: 0, with a graph.
+
+    views: (V, N, D) embeddings, not normalised; roles: V names; labels: (N,) integers; predictions: (V, N) classes,
+    needed when ``select`` is not ``all``. Returns a scalar. Raises ``ValueError`` for shapes that do not fit.
+    """
+    if views.dim() != 3 or len(roles) != len(views) or labels.shape != views.shape[1:2]:
+        raise ValueError(
+            f"multiview needs embeddings (V, N, D), V roles and labels (N,), not {tuple(views.shape)}, "
+            f"{len(roles)} and {tuple(labels.shape)}"
+        )
+    taking_part = [place for place, role in enumerate(roles) if not contrast.views or _named(role, contrast.views)]
+    count, rows = views.shape[1], [roles[place] for place in taking_part]
+    embed = views[taking_part].flatten(0, 1)
+    identity = torch.arange(count, device=views.device) if contrast.positives == "instance" else labels
+    identity = identity.repeat(len(rows))
+    if len(rows) * count < 2:
+        return views.sum() * 0
+    plain = not (contrast.anchors or contrast.weights or contrast.stop or contrast.beta or contrast.tau_plus)
+    if plain and contrast.select == "all":
+        return supcon(embed, identity, contrast.temperature)  # the same without R x R masks
+    z = unit(embed)
+    similarity = _products(z, z)
+    if contrast.stop:
+        # Role pairs as a (V', V') table, spread over the rows: which entries see the other row as a constant.
+        stop = _table(rows, lambda mine, other: float(_pair(contrast.stop, mine, other)), z)
+        similarity = torch.where(_spread(stop, count) > 0, _products(z, z.detach()), similarity)
+    similarity = similarity / contrast.temperature
+    others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (identity[:, None] == identity[None, :]) & others
+    negative = (identity[:, None] != identity[None, :]) & others
+    if contrast.select != "all":
+        if predictions is None:
+            raise ValueError(f"select={contrast.select} needs the classifier's predictions (V, N)")
+        predicted = predictions[taking_part].flatten()
+        # An instance's class-mates are no negatives of ASCL: it selects by class.
+        negative = negative & (labels.repeat(len(rows))[:, None] != labels.repeat(len(rows))[None, :])
+        anchor_is = labels.repeat(len(rows)) if contrast.select == "hard" else predicted
+        negative = negative & (anchor_is[:, None] == predicted[None, :])
+        if contrast.select == "leaked":
+            positive = positive & (predicted[:, None] == predicted[None, :])
+    weight = positive.to(z.dtype)
+    if contrast.weights:
+        weight = weight * _spread(_table(rows, lambda mine, other: _weight(contrast.weights, mine, other), z), count)
+    total = weight.sum(1)
+    anchors = torch.tensor([not contrast.anchors or _named(role, contrast.anchors) for role in rows], device=z.device)
+    chosen = (total > 0) & anchors.repeat_interleave(count)
+    if contrast.beta or contrast.tau_plus:
+        denominator = _hard_denominator(similarity, positive, negative, contrast)
+    else:
+        # Rows that are no anchor stay unmasked: a row of -inf alone is a corner of logsumexp to keep out of.
+        dropped = ~(positive | negative) & chosen[:, None]
+        denominator = similarity.masked_fill(dropped, -torch.inf).logsumexp(1)
+    attraction = (weight * similarity).sum(1) / total.clamp(min=torch.finfo(z.dtype).tiny)
+    return _mean_of(denominator - attraction, chosen)
+
+
+def kl(logits: Tensor, other: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of two classifiers' outputs, KL(p || q) = sum_k p_k log(p_k / q_k), one value a row.
+
+    logits: (N, K) of p; other: (N, K) of q. Returns (N,) in float32 or wider.
+    """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    p, q = F.log_softmax(logits.to(wide), dim=1), F.log_softmax(other.to(wide), dim=1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def _hard_denominator(similarity: Tensor, positive: Tensor, negative: Tensor, contrast: Contrast) -> Tensor:
+    """log D_i with weighted, debiased negatives; |s| <= 1/temperature, so the exponentials are taken relative to it."""
+    top = 1 / contrast.temperature
+    raised = (similarity - top).exp()
+    count = negative.sum(1).to(similarity.dtype)
+    exponent = (contrast.beta * similarity.detach()).masked_fill(~negative, -torch.inf)
+    weight = torch.where(negative, count[:, None] * torch.nan_to_num(exponent.softmax(1)), 0)
+    mean_positive = (positive * raised).sum(1) / positive.sum(1).clamp(min=1)
+    spread = ((weight * raised).sum(1) - contrast.tau_plus * count * mean_positive) / (1 - contrast.tau_plus)
+    floor = count * torch.exp(torch.tensor(-2 * top, dtype=similarity.dtype, device=similarity.device))
+    total = (positive * raised).sum(1) + torch.maximum(spread, floor)
+    return total.clamp(min=torch.finfo(total.dtype).tiny).log() + top
+
+
+def _named(role: str, names: Sequence[str]) -> bool:
+    return any(role == name or role.startswith(name + ":") for name in names)
+
+
+def _pair(pairs: frozenset[tuple[str, str]], mine: str, other: str) -> bool:
+    return any(_named(mine, [first]) and _named(other, [second]) for first, second in pairs)
+
+
+def _weight(weights: Mapping[tuple[str, str], float], mine: str, other: str) -> float:
+    return next((w for (first, second), w in weights.items() if _named(mine, [first]) and _named(other, [second])), 1.0)
+
+
+def _table(rows: Sequence[str], value: Callable[[str, str], float], like: Tensor) -> Tensor:
+    return torch.tensor([[value(mine, other) for other in rows] for mine in rows], dtype=like.dtype, device=like.device)
+
+
+def _spread(table: Tensor, count: int) -> Tensor:
+    return table.repeat_interleave(count, 0).repeat_interleave(count, 1)
 
 
 def _check_rows(embed: Tensor, labels: Tensor) -> None:

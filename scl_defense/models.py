@@ -1,7 +1,8 @@
 """The network every trainer trains: normalisation -> encoder -> projector (contrastive) and classifier (logits)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class Network(nn.Module):
 
     encoder: (N, C, H, W) -> (N, D), with ``feature_dim`` = D. projection: ``(hidden, ..., out)`` widths of the MLP
     that the contrastive loss sees, or ``()`` for none (then ``embed`` gives the features).
+
+    ``dual=True`` gives the encoder's batch-norm layers a second set of weights and statistics for clean images (Xie et
+    al. 2020, AdvProp; ACL): the encoder as it stands holds the *adversarial* branch, which is attacked, evaluated and
+    exported; ``with network.branch("clean")`` puts the other one in its place.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Network(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         projection: Sequence[int] = (),
+        dual: bool = False,
     ):
         super().__init__()
         width = getattr(encoder, "feature_dim", None)
@@ -50,6 +56,37 @@ class Network(nn.Module):
             layers += [nn.Linear(width if not layers else layers[-2].out_features, size), nn.ReLU()]
         self.projector = nn.Sequential(*layers[:-1])  # no ReLU after the last; empty: the identity
         self.classifier = nn.Linear(width, num_classes)
+        # The clean branch lies outside the encoder, whose own state is thus a plain network's: nothing to convert.
+        self.clean_norms = nn.ModuleDict()
+        if dual:
+            norms = (nn.modules.batchnorm._BatchNorm,)
+            self.clean_norms.update({
+                name.replace(".", "/"): copy.deepcopy(part)
+                for name, part in encoder.named_modules()
+                if isinstance(part, norms)
+            })  # fmt: skip
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The batch-norm branches: ``("adv", "clean")``, or ``("adv",)`` when there is one set for all images."""
+        return ("adv", "clean") if len(self.clean_norms) else ("adv",)
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Inside, the encoder uses the batch-norm branch ``adv`` or ``clean`` (the same when there is only one)."""
+        if name not in ("adv", "clean"):
+            raise ComponentError(f"there is no batch-norm branch '{name}'; it is adv or clean")
+        kept: list[tuple[nn.Module, str, nn.Module]] = []
+        for path, norm in self.clean_norms.items() if name == "clean" else ():
+            parent, _, last = path.replace("/", ".").rpartition(".")
+            owner = self.encoder.get_submodule(parent)
+            kept.append((owner, last, owner._modules[last]))
+            owner._modules[last] = norm
+        try:
+            yield
+        finally:
+            for owner, last, norm in kept:
+                owner._modules[last] = norm
 
     @property
     def num_classes(self) -> int:
@@ -72,26 +109,36 @@ class Network(nn.Module):
 
 
 class Twin:
-    """A weight-averaged copy of a network (mean teacher; Tarvainen & Valpola 2017) with batch statistics of its own.
+    """A weight-averaged copy of a network (mean teacher; Tarvainen & Valpola 2017).
 
     The momentum is warmed up, ``min(momentum, (1 + t) / (10 + t))``: in a short run a fixed 0.99 would leave the
-    twin near its random start. Its batch-norm buffers are not averaged: they are measured by its own forward passes.
+    twin near its random start. Its batch-norm statistics are its own, measured by its own forward passes
+    (``statistics="own"``), or averaged like the weights (``"averaged"``: it costs no pass).
     """
 
-    def __init__(self, network: Network, momentum: float):
+    def __init__(self, network: Network, momentum: float, statistics: str = "own"):
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.momentum = momentum
+        self.momentum, self.statistics = momentum, statistics
         self.updates = 0
 
     @torch.no_grad()
     def update(self, network: Network, images: Tensor) -> None:
-        """After an optimizer step: average the weights, then see ``images`` (N, C, H, W) once in train mode."""
+        """After an optimizer step: average the weights; own statistics see ``images`` (N, C, H, W) in train mode."""
         momentum = min(self.momentum, (1 + self.updates) / (10 + self.updates))
         for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
             mine.lerp_(theirs.detach(), 1 - momentum)
         self.updates += 1
+        if self.statistics == "averaged":
+            for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
+                if mine.is_floating_point():
+                    mine.lerp_(theirs, 1 - momentum)
+                else:
+                    mine.copy_(theirs)
+            return
         self.network.train()
-        self.network.embed(images)
+        for branch in self.network.branches:
+            with self.network.branch(branch):
+                self.network.embed(images)
         self.network.eval()
 
     def state_dict(self) -> dict[str, Any]:

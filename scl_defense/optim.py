@@ -1,6 +1,7 @@
-"""Optimizers, and a learning-rate schedule without state."""
+"""Optimizers, and the perturbation of weights."""
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -9,20 +10,33 @@ from scl_defense.config import TrainConfig
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum, as the recipe says."""
+    """AdamW, or SGD with Nesterov momentum, as the recipe says, over what asks for a gradient."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(network.parameters(), **settings)
+        return torch.optim.AdamW(parameters, **settings)
     momentum = config.momentum
-    return torch.optim.SGD(network.parameters(), momentum=momentum, nesterov=momentum > 0, **settings)
+    return torch.optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, **settings)
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of step ``step`` of ``steps``: linear warm-up, then half a cosine to zero.
+@contextmanager
+def adversarial_weights(network: nn.Module, gamma: float) -> Iterator[None]:
+    """Inside, every weight matrix has moved up its gradient: adversarial weight perturbation (Wu et al. 2020, eq. 8).
 
-    A function of the step alone, so a resumed run has nothing to restore.
+    w <- w + gamma * ||w|| * g / ||g||, layer by layer, with g the ``.grad`` of a backward pass just made (which is then
+    cleared); biases and batch norm stay. Afterwards the weights are what they were, and the gradients made inside stay.
     """
-    warm = config.warmup * steps
-    if step < warm:
-        return config.peak_lr * (step + 1) / (warm + 1)
-    return config.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+    kept = []
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.dim() > 1 and weight.grad is not None:
+                kept.append((weight, weight.detach().clone()))
+                length = weight.grad.norm()
+                weight.add_(weight.grad * (gamma * weight.norm() / length.clamp(min=1e-12)))
+            weight.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in kept:
+                weight.copy_(value)

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """epoch and step come next; sums: metrics of the epoch so far; best: of the kept checkpoint; seconds: spent."""
+    """epoch and step come next; sums: metrics of the epoch so far; best: of the kept checkpoint; seconds: spent.
+
+    stopped: ended early, for want of progress. passes: (forwards, backwards) an image, of the last whole epoch.
+    """
 
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    stopped: bool = False
+    passes: tuple[float, float] = (0.0, 0.0)
 
 
 def save(run: "Run", path: Path) -> None:
@@ -33,14 +38,15 @@ def save(run: "Run", path: Path) -> None:
     checkpoint.save(
         path,
         {
-            "network": run.network.state_dict(),
+            "network": run.kept().state_dict(),
+            "branch": run.network.branches[0] if len(run.network.branches) > 1 else None,
             "model": config.model,
             "model_options": dict(config.model_options),
             "model_owner": checkpoint.provenance_of(run.host, "model", config.model),
             "classes": list(data.classes),
             "image_shape": list(data.image_shape),
-            "mean": list(data.mean),
-            "std": list(data.std),
+            "mean": list(run.mean),
+            "std": list(run.std),
             "threat": str(run.threat),
             "data": json.dumps(data.provenance),
             "data_sha256": data.fingerprint("train"),
@@ -52,6 +58,9 @@ def save(run: "Run", path: Path) -> None:
             "random": {"seed": config.seed, "scheme": "derived from (seed, purpose, epoch, step)"},
             "optimizer": run.optimizer.state_dict(),
             "twin": None if run.twin is None else run.twin.state_dict(),
+            # With a weight average, "network" is the average: what goes on training is kept beside it.
+            "training": None if run.average is None else run.network.state_dict(),
+            "averages": 0 if run.average is None else run.average.updates,
             **asdict(run.progress),
         },
     )
@@ -61,11 +70,17 @@ def restore(run: "Run", state: Mapping[str, Any]) -> None:
     """Put a run that was just built where the checkpoint left off. Raises :class:`UserError` when its data changed."""
     if state["data_sha256"] != run.data.fingerprint("train"):
         raise UserError(f"data '{run.config.data}' is not what this run began with; restore it or start a new run")
-    run.network.load_state_dict(state["network"])
+    if state["generator"] != repr(run.generator):  # stored examples know their file
+        raise UserError(f"generator '{run.config.generator}' is not what this run began with; start a new run")
+    run.mean, run.std = tuple(state["mean"]), tuple(state["std"])
+    run.network.load_state_dict(state["network"] if run.average is None else state["training"])
+    if run.average is not None:
+        run.average.load_state_dict({"network": state["network"], "updates": state["averages"]})
     run.optimizer.load_state_dict(state["optimizer"])
     if run.twin is not None:
         run.twin.load_state_dict(state["twin"])
-    run.progress = Progress(**{part.name: copy.copy(state[part.name]) for part in fields(Progress)})
+    names = [part.name for part in fields(Progress) if part.name in state]  # an older file knows fewer
+    run.progress = Progress(**{name: copy.copy(state[name]) for name in names})
 
 
 def read(run: Path) -> tuple[Path, dict[str, Any]]:
@@ -77,6 +92,6 @@ def read(run: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"there is nothing to resume in '{run}': {path.name} is missing; start the run again")
     content, _ = checkpoint.read(path)
     best = path.parent / "best.pt"
-    if content["epoch"] >= json.loads(content["config"])["epochs"]:
+    if content["epoch"] >= json.loads(content["config"])["epochs"] or content.get("stopped"):
         raise UserError(f"run '{path.parent}' is finished: all {content['epoch']} epochs are done; benchmark {best}")
     return path.parent, content

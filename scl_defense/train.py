@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from scl_defense import checkpoint, logs, probe, runstate
-from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config
+from scl_defense.compose import make_generator
+from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config, with_generator
 from scl_defense.data import Augment, open_data
 from scl_defense.errors import ComponentError, Interrupted, UserError
-from scl_defense.generation import generate
+from scl_defense.generation import generate, saved_encoder
 from scl_defense.guard import global_random_state
 from scl_defense.models import Network, Twin
-from scl_defense.optim import learning_rate, make_optimizer
+from scl_defense.optim import adversarial_weights, make_optimizer
+from scl_defense.passes import counted
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runstate import Progress
 from scl_defense.runtime import (
@@ -38,8 +40,9 @@ from scl_defense.runtime import (
     stop_on_signal,
     stream,
 )
+from scl_defense.schedules import learning_rate, radius_at, strength_at
 from scl_defense.threat import ThreatModel
-from scl_defense.types import Batch, Context
+from scl_defense.types import Batch, Context, StepOutput
 
 CALIBRATION = 256  # images that model-free generators may measure their feature space on
 Event = Callable[[Mapping[str, Any]], None]
@@ -47,7 +50,11 @@ Event = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run left behind. ``clean`` and ``robust``: validation accuracies of the best checkpoint."""
+    """What a finished run left behind. ``clean`` and ``robust``: validation accuracies of the best checkpoint.
+
+    forwards, backwards: image passes through the encoder per training image of an epoch, generator and trainer
+    together (:mod:`scl_defense.passes`): the cost of the method in units that do not depend on the machine.
+    """
 
     run_dir: Path
     best: Path
@@ -58,6 +65,8 @@ class TrainResult:
     robust: float
     threat: ThreatModel
     seconds: float
+    forwards: float
+    backwards: float
 
 
 def train(
@@ -93,13 +102,12 @@ def train(
         run = Run(config, host, on_event or (lambda event: None))
         if state is not None:
             runstate.restore(run, state)
+        elif config.init is not None:
+            run.start_from(config.init)
         if dry_run:
             return run.plan()
         if state is None:
-            default = f"{config.trainer}-{config.generator}-{Path(config.data).stem}-s{config.seed}"
-            run_dir = logs.new_run_dir(
-                config.out, config.name, "".join(c if c.isalnum() or c in "-_." else "-" for c in default)
-            )
+            run_dir = logs.new_run_dir(config.out, config.name, run.default_name())
         try:
             with logs.locked(run_dir), stop_on_signal() as stop:
                 return run.run(run_dir, stop)
@@ -112,10 +120,11 @@ class Run:
     """One run, built in the order in which its parts depend on each other."""
 
     def __init__(self, config: TrainConfig, host: PluginHost, on_event: Event):
-        self.config, self.host, self.on_event, self.progress = config, host, on_event, Progress()
         # Names and options first: a misspelt one must not cost the reading of the data.
-        self.generator = make(host, "generator", config.generator, config.generator_options)
         self.trainer = make(host, "trainer", config.trainer, config.trainer_options)
+        config = with_generator(config, host)
+        self.config, self.host, self.on_event, self.progress = config, host, on_event, Progress()
+        self.generator = make_generator(host, config.generator, config.generator_options)
         model = make(host, "model", config.model, config.model_options)
         self.loggers = [make(host, "logger", name) for name in config.logger]
         self.device = select_device(config.device)
@@ -124,6 +133,8 @@ class Run:
         if eps is None:
             raise UserError(f"no usual {config.norm} radius is known for '{config.data}'; give one with --eps 8/255")
         self.threat = ThreatModel(config.norm, eps)
+        if hasattr(self.generator, "prepare"):
+            self.generator.prepare(self.data, self.threat)
         self.train_split = self.data.split(
             "train", val_fraction=config.val_fraction, limit=config.limit, device=self.device
         )
@@ -135,16 +146,48 @@ class Run:
         self.augment = Augment(
             config.augment, strength=config.strength, flip=self.data.flip, image_shape=self.data.image_shape
         )
+        self.mean, self.std = self.data.mean, self.data.std
         torch.manual_seed(derive_seed(config.seed, "init"))
         encoder = model(self.data.image_shape)
-        self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.data.mean, self.data.std)
+        self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.mean, self.std)
         self.network.to(self.device)
+        self.frozen_encoder = bool(getattr(self.trainer, "frozen_encoder", False))
+        if self.frozen_encoder:
+            self.network.requires_grad_(False)
+            self.network.classifier.requires_grad_(True)
         momentum = getattr(self.generator, "ema", 0.0) if "embed" in self.generator.needs else 0.0
         self.twin = Twin(self.network, momentum) if momentum else None
+        self.average = Twin(self.network, config.average, "averaged") if config.average else None
         self.optimizer = make_optimizer(self.network, config)
         chosen = torch.randperm(len(self.train_split), generator=stream(config.seed, "calibration"))[:CALIBRATION]
         self.calibration = self.train_split.float_images(chosen.to(self.device))
         self.cache: dict[Any, Any] = {}
+
+    def default_name(self) -> str:
+        config = self.config
+        name = f"{config.trainer}-{config.generator}-{Path(config.data).stem}-s{config.seed}"
+        return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:150]
+
+    def start_from(self, path: str) -> None:
+        """Take the encoder and its normalisation from a checkpoint; the classifier is a probe on its features."""
+        content, _ = checkpoint.read(path)
+        if (content["model"], content["image_shape"]) != (self.config.model, list(self.data.image_shape)):
+            raise UserError(
+                f"'{path}' holds a {content['model']} for images {content['image_shape']}, this run builds a "
+                f"{self.config.model} for {list(self.data.image_shape)}; give the same --model and data"
+            )
+        parts = {name: value for name, value in content["network"].items() if not name.startswith("classifier.")}
+        ours = self.network.state_dict()
+        fitting = {name: v for name, v in parts.items() if name in ours and ours[name].shape == v.shape}
+        missing = [name for name in ours if name.startswith("encoder.") and name not in fitting]
+        if missing:
+            raise UserError(f"'{path}' does not fit this model: {missing[0]} differs; give its options with -m")
+        self.network.load_state_dict({**ours, **fitting})
+        self.mean, self.std = tuple(content["mean"]), tuple(content["std"])
+        probe.fit_probe(self.network, self.train_split)
+        for twin in (self.twin, self.average):
+            if twin is not None:
+                twin.network.load_state_dict(self.network.state_dict())
 
     # -- the loop
 
@@ -152,7 +195,7 @@ class Run:
         log = logs.RunLog(self.loggers, run_dir, as_dict(self.config), self.progress.epoch)
         checkpoint.atomic_write_bytes(run_dir / "config.toml", to_toml(as_dict(self.config)).encode())
         try:
-            while self.progress.epoch < self.config.epochs:
+            while self.progress.epoch < self.config.epochs and not self.progress.stopped:
                 if not self.train_epoch(stop):
                     runstate.save(self, run_dir / "last.pt")
                     command = f"scl-defense train --resume {shlex.quote(str(run_dir))}"
@@ -164,15 +207,15 @@ class Run:
             log.close()
         best = self.progress.best
         return TrainResult(
-            run_dir, run_dir / "best.pt", run_dir / "last.pt", self.config.epochs, int(best["epoch"]), best["clean"],
-            best["robust"], self.threat, self.progress.seconds,
+            run_dir, run_dir / "best.pt", run_dir / "last.pt", self.progress.epoch, int(best["epoch"]), best["clean"],
+            best["robust"], self.threat, self.progress.seconds, *self.progress.passes,
         )  # fmt: skip
 
     def train_epoch(self, stop: StopRequest) -> bool:
         """The rest of the current epoch; False when a stop was asked for (the progress then says where)."""
         progress, epoch = self.progress, self.progress.epoch
         order = torch.randperm(len(self.train_split), generator=stream(self.config.seed, "order", epoch))
-        self.network.train()
+        self.training_mode()
         while progress.step < self.steps:
             started = time.perf_counter()
             chosen = order[progress.step * self.batch_size : (progress.step + 1) * self.batch_size].to(self.device)
@@ -187,18 +230,47 @@ class Run:
                 return False
         return True
 
+    def training_mode(self) -> None:
+        self.network.train()
+        if self.frozen_encoder:
+            self.network.encoder.eval()
+
     def train_step(self, chosen: Tensor, epoch: int, step: int) -> dict[str, float]:
         """images -> views -> adversarial -> loss -> backward -> optimizer."""
-        seed = self.config.seed
-        torch.manual_seed(derive_seed(seed, "network", epoch, step))  # dropout, if the model has any
-        images = self.train_split.float_images(chosen)
-        views = torch.stack(
-            [self.augment(images, stream(seed, "augment", epoch, step, view)) for view in range(self.trainer.views)]
-        )
-        batch = Batch(views, self.train_split.labels[chosen], images, self.train_split.indices[chosen])
-        adversarial = self.generate(batch, epoch, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch * self.steps + step, self.config.epochs * self.steps)
+        encoders = [self.network.encoder, *([] if self.twin is None else [self.twin.network.encoder])]
+        with counted(*encoders) as passes:
+            images = self.train_split.float_images(chosen)
+            augment = replace(self.augment, strength=strength_at(self.config, epoch))
+
+            def view(images: Tensor, number: int) -> Tensor:
+                return augment(images, stream(self.config.seed, "augment", epoch, step, number))
+
+            views = torch.stack([view(images, number) for number in range(self.trainer.views)])
+            batch = Batch(views, self.train_split.labels[chosen], images, self.train_split.indices[chosen])
+            adversarial = self.generate(batch, epoch, step, view)
+            done, steps = epoch * self.steps + step, self.config.epochs * self.steps
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, done, steps)
+            if self.config.awp and done >= self.config.awp_after * steps:
+                output = self.perturbed_step(batch, adversarial, epoch, step)
+            else:
+                output = self.backward(batch, adversarial, epoch, step)
+            if self.config.clip:
+                nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)  # here: the generator finds no gradients that it could disturb
+            if self.twin is not None:
+                self.twin.update(self.network, views[0])
+            if self.average is not None:
+                self.average.update(self.network, views[0])
+        metrics = {name: float(value) for name, value in output.metrics.items()}
+        cost = {"forwards": passes.forwards / len(images), "backwards": passes.backwards / len(images)}
+        loss = float(output.loss.detach())
+        return {"loss": loss, "adversarial_views": float(len(adversarial)), **cost, **metrics}
+
+    def backward(self, batch: Batch, adversarial: Tensor, epoch: int, step: int) -> StepOutput:
+        """The trainer's loss, checked, and its gradients."""
+        torch.manual_seed(derive_seed(self.config.seed, "network", epoch, step))  # dropout, if the model has any
         with autocast(self.device, self.config.precision):
             output = self.trainer.step(self.network, batch, adversarial)
         loss = float(output.loss.detach())
@@ -208,19 +280,22 @@ class Run:
                 f"the last checkpoint is kept; try a lower --lr than {self.config.peak_lr:g}"
             )
         output.loss.backward()
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # here: the generator finds no gradients that it could disturb
-        if self.twin is not None:
-            self.twin.update(self.network, views[0])
-        metrics = {name: float(value) for name, value in output.metrics.items()}
-        return {"loss": loss, "adversarial_views": float(len(adversarial)), **metrics}
+        return output
 
-    def generate(self, batch: Batch, epoch: int, step: int) -> Tensor:
+    def perturbed_step(self, batch: Batch, adversarial: Tensor, epoch: int, step: int) -> StepOutput:
+        """Gradients at weights moved up the loss (AWP); batch-norm statistics see the batch once."""
+        before = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        self.backward(batch, adversarial, epoch, step)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        with adversarial_weights(self.network, self.config.awp):
+            return self.backward(batch, adversarial, epoch, step)
+
+    def generate(self, batch: Batch, epoch: int, step: int, view: Callable[[Tensor, int], Tensor]) -> Tensor:
         """(A, N, C, H, W) adversarial views, made with what the generator declared and checked on every batch."""
         context = Context(
-            threat=self.threat,
+            threat=radius_at(self.config, self.threat, epoch * self.steps + step, self.config.epochs * self.steps),
             rng=stream(self.config.seed, "generator", epoch, step),
             calibration=self.calibration,
             epoch=epoch,
@@ -228,19 +303,27 @@ class Run:
             cache=self.cache,
             streams=lambda purpose, *counters: stream(self.config.seed, f"generator {purpose}", *counters),
             generator=f"generator '{self.config.generator}'",
+            reaugment=view,
         )
         encoder = self.network if self.twin is None else self.twin.network
+
+        def saved(path: str) -> nn.Module:
+            return saved_encoder(path, self.data.image_shape, self.device, host=self.host)
+
         precision = self.config.precision
-        return generate(self.generator, batch, context, network=self.network, encoder=encoder, precision=precision)
+        return generate(
+            self.generator, batch, context, network=self.network, encoder=encoder, precision=precision, saved=saved
+        )
 
     def finish_epoch(self, run_dir: Path) -> dict[str, Any]:
         """Validate, keep the best checkpoint by robust accuracy (then clean), save the last one."""
         progress, epoch = self.progress, self.progress.epoch
         started = time.perf_counter()
+        kept = self.kept()
         if self.trainer.head == "probe":
-            probe.fit_probe(self.network, self.train_split)
+            probe.fit_probe(kept, self.train_split)
         clean, robust = probe.accuracy(
-            self.network,
+            kept,
             self.val_split,
             self.threat,
             steps=self.config.val_steps,
@@ -250,7 +333,9 @@ class Run:
         better = self.is_better(clean, robust)
         if better:
             progress.best = {"epoch": epoch, "clean": clean, "robust": robust}
+        progress.passes = (record["forwards"], record["backwards"])
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
+        progress.stopped = bool(self.config.patience) and epoch - progress.best["epoch"] >= self.config.patience
         progress.seconds += time.perf_counter() - started
         if better:
             runstate.save(self, run_dir / "best.pt")
@@ -258,6 +343,10 @@ class Run:
         rate = self.optimizer.param_groups[0]["lr"]
         record |= {"val_clean": clean, "val_robust": robust, "seconds": round(progress.seconds, 3), "lr": rate}
         return {"epoch": epoch, **record}
+
+    def kept(self) -> Network:
+        """The network that is validated and saved: the one in training, or its weight average."""
+        return self.network if self.average is None else self.average.network
 
     def is_better(self, clean: float, robust: float) -> bool:
         """By robust validation accuracy, then clean (Rice et al. 2020).
@@ -271,7 +360,7 @@ class Run:
 
     def plan(self) -> dict[str, Any]:
         """Two real steps (the first one warms up), timed on the second; nothing is kept or written."""
-        self.network.train()
+        self.training_mode()
         for _ in range(2):
             started = time.perf_counter()
             self.train_step(torch.arange(self.batch_size, device=self.device), 0, 0)

@@ -24,7 +24,7 @@ from scl_defense.threat import ThreatModel, parse_eps
 if TYPE_CHECKING:
     from scl_defense.models import Network
 
-NEEDS = frozenset({"embed", "logits", "labels"})
+NEEDS = frozenset({"embed", "logits", "labels", "checkpoint"})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field, Field))
@@ -86,7 +86,8 @@ class Context:
 
     threat: the ball. rng: the only source of randomness, on the CPU or the images' device. calibration:
     (M, C, H, W) a fixed seeded sample of training images without labels. cache: a place for what can be made again
-    from (seed, calibration) at any time; it is not saved.
+    from (seed, calibration) at any time; it is not saved. reaugment: (images (N, C, H, W), view index v) -> those
+    images augmented with the very draws that made ``batch.views[v]``; ``None`` where nothing is augmented.
     """
 
     threat: ThreatModel
@@ -98,6 +99,7 @@ class Context:
     streams: Callable[..., torch.Generator] | None = None
     granted: Mapping[str, Any] = field(default_factory=dict)
     generator: str = "this generator"
+    reaugment: Callable[[Tensor, int], Tensor] | None = None
 
     def _grant(self, need: str) -> Any:
         if need not in self.granted:
@@ -119,6 +121,11 @@ class Context:
         """(N,) int64."""
         return self._grant("labels")
 
+    @property
+    def checkpoint(self) -> Callable[[str], Callable[[Tensor], Tensor]]:
+        """path -> ((N, C, H, W) -> (N, D)): the encoder of a saved checkpoint, frozen, in eval mode; it never moves."""
+        return self._grant("checkpoint")
+
     def stream(self, purpose: str, redraw: Literal["never", "epoch", "step"] = "never") -> torch.Generator:
         """A generator that is the same whenever asked for again: of the run, of this epoch, or of this step."""
         counters = {"never": (), "epoch": (self.epoch,), "step": (self.epoch, self.step)}[redraw]
@@ -139,16 +146,18 @@ class StepOutput:
 class Generator(Protocol):
     """Makes adversarial views inside the threat ball and [0, 1].
 
-    needs: subset of {"embed", "logits", "labels"}; the core hands over nothing else. Empty: *model-free*.
-    Optional ``ema``: momentum in [0, 1) of a weight-averaged twin that then stands behind ``context.embed``.
+    needs: subset of {"embed", "logits", "labels", "checkpoint"}; the core hands over nothing else. Empty:
+    *model-free*. Optional ``ema``: momentum in [0, 1) of a weight-averaged twin that then stands behind
+    ``context.embed``. Optional ``prepare(data, threat)``: called once before training, with the opened data set and
+    the threat model, to raise :class:`scl_defense.UserError` when the generator cannot work on them.
     """
 
     needs: ClassVar[frozenset[str]]
 
     def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
-        """-> (A, N, C, H, W), A >= 0: finite, in [0, 1], within ``context.threat`` of ``batch.views[a]``.
+        """-> (A, N, C, H, W), A >= 0: finite, in [0, 1], within ``context.threat`` of ``batch.views[a % V]``.
 
-        The ball of adversarial view a is centred on ``batch.views[a]``, so A <= V.
+        There may be more adversarial views than views: view a belongs to ``batch.views[a % V]``.
         """
         ...
 

@@ -165,3 +165,21 @@ def linear_optimum(norm: str, weights: np.ndarray, image: np.ndarray, radius: fl
         gained += step * abs(weights[index])
         left -= step
     return float(gained)
+
+
+def alignment(embed: Tensor, references: Tensor, temperature: float) -> Tensor:
+    """Minus the cosine between row i and reference i, over the temperature; one value a row."""
+    z, r = unit_rows(embed), unit_rows(references)
+    return torch.stack([-dot(z[i], r[i]) / temperature for i in range(len(z))])
+
+
+def one_sided_supcon(embed: Tensor, references: Tensor, labels: Sequence[int], temperature: float) -> Tensor:
+    """Khosla et al. 2020, eq. 2 with row i as anchor and all references as the other side; one value a row."""
+    z, r = unit_rows(embed), unit_rows(references)
+    rows = []
+    for i in range(len(z)):
+        denominator = sum(torch.exp(dot(z[i], r[k]) / temperature) for k in range(len(r)))
+        positives = [p for p in range(len(r)) if int(labels[p]) == int(labels[i])]
+        inner = [torch.log(torch.exp(dot(z[i], r[p]) / temperature) / denominator) for p in positives]
+        rows.append(-sum(inner) / len(positives))
+    return torch.stack(rows)

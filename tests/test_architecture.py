@@ -21,10 +21,11 @@ ORDER = (
     ("threat", "losses", "registry", "hookspecs", "guard", "runtime"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
-    ("checkpoint", "probe", "logs", "generation", "optim"),
+    ("checkpoint", "probe", "logs", "generation", "optim", "schedules", "passes"),
+    ("compose", "mixture", "replay", "stored"),
     ("runstate",),
     ("train",),
-    ("testing",),
+    ("protocols", "testing"),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line}

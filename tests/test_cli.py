@@ -194,7 +194,7 @@ def test_every_field_of_the_recipe_is_an_option(capsys):
 def test_plugins_list_describes_one_component_and_all(capsys):
     assert run(["plugins", "list", "contrastive-pgd"]) == 0
     text = capsys.readouterr().out
-    assert "space (pixel|filterbank|random-conv)" in text and "from scl-defense" in text
+    assert "space (pixel|filterbank|scattering|random-conv|checkpoint)" in text and "from scl-defense" in text
     assert run(["plugins", "list", "pgd", "--json"]) == 0
     kinds = {row["kind"] for row in json.loads(capsys.readouterr().out)}
     assert kinds == {"generator", "attack"}

@@ -1,4 +1,4 @@
-"""The battery: from ``"fgsm,pgd:steps=40,cw:c=1+10:eps=0.5"`` to attacks, each with its label and its ball."""
+"""The battery: from ``"standard,pgd:steps=40,cw:c=1+10:eps=0.5"`` to attacks, each with its label and its ball."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -6,12 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from scl_defense.config import make
-from scl_defense.errors import ComponentError, UserError
+from scl_defense.errors import ComponentError, UserError, nearest
 from scl_defense.plugins import PluginHost
 from scl_defense.threat import NORMS, ThreatModel, parse_eps
 from scl_defense.types import Attack
 
 RESERVED = ("norm", "eps")  # the attack's own ball; never options of a component
+
+_QUICK = ("noise", "fgsm", "pgd")
+_STANDARD = (*_QUICK, "cw", "deepfool", "apgd-ce", "apgd-t", "fab-t", "square")
+#: Ready batteries: a name in a battery that stands for several attacks.
+TIERS: Mapping[str, tuple[str, ...]] = {
+    "quick": _QUICK,
+    "standard": _STANDARD,
+    "full": (*_STANDARD, "apgd-dlr", "mifgsm", "native:pgd:loss=margin", "art:pgd", "art:cw", "autoattack"),
+}
+_STAND_INS = {"pgd": "native:pgd"}  # in a norm that a tier's attack cannot work in
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,24 @@ class PlannedAttack:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """An attack of a tier that is not run, and why."""
+
+    label: str
+    tier: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What is to be run. threat: the main one; an attack that cannot work in its norm has another."""
+    """What is to be run. threat: the main one; an attack that cannot work in its norm has another.
+
+    left_out: attacks of a tier that cannot work in this norm or with so few classes.
+    """
 
     threat: ThreatModel
     attacks: tuple[PlannedAttack, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.attacks:
@@ -100,28 +123,92 @@ def _parse_attack(text: str) -> Request:
 
 
 def plan_attacks(
-    attacks: str | Iterable[str], *, host: PluginHost, threat: ThreatModel, budgets: Mapping[str, str] | None = None
+    attacks: str | Iterable[str],
+    *,
+    host: PluginHost,
+    threat: ThreatModel,
+    budgets: Mapping[str, str] | None = None,
+    classes: int | None = None,
 ) -> Plan:
     """Build every attack of a battery and decide its ball; nothing is run.
 
-    threat: the main ball. budgets: norm -> usual eps of the data, for attacks that look for the smallest
-    perturbation and cannot do so in the main norm (Carlini-Wagner under Linf is counted at the L2 budget). ``norm``
-    and ``eps`` of a single attack win over both. Raises :class:`UserError` for an unknown attack, option or norm, a
-    norm the attack cannot do, a norm without a budget, or the same attack twice.
+    attacks: see :func:`parse_battery`; the name of a tier (see :data:`TIERS`) stands for its attacks. threat: the main
+    ball. budgets: norm -> usual eps of the data, for attacks that look for the smallest perturbation and cannot do so
+    in the main norm (Carlini-Wagner under Linf is counted at the L2 budget). ``norm`` and ``eps`` of a single attack
+    win over both. classes: how many the network tells apart, where that is known.
+
+    Raises :class:`UserError` for an unknown attack, option or norm, a norm the attack cannot do, a norm without a
+    budget, too few classes, or the same attack twice. An attack that came with a tier and cannot work in the norm or
+    with so few classes is left out, and one that was named beside its tier is run once, as it was named.
     """
-    planned: list[PlannedAttack] = []
+    named: list[PlannedAttack] = []
+    order: list[tuple[Request, PlannedAttack | None]] = []
     for request in parse_battery(attacks):
-        attack = make(host, "attack", request.name, request.options)
-        if not isinstance(attack, Attack):
-            raise ComponentError(f"attack '{request.name}' must be callable and have norms, minimal and access")
-        ball = _ball_of(request, attack, threat, budgets or {})
-        for other in planned:
-            if type(other.attack) is type(attack) and other.attack == attack and other.threat == ball:
+        planned = None
+        if request.name in TIERS:
+            if request.options or request.norm or request.eps:
+                raise UserError(
+                    f"'{request.label}': '{request.name}' stands for several attacks and takes no options; name the "
+                    "attack that should have them beside it"
+                )
+        else:
+            planned = _plan_one(request, host, threat, budgets or {}, classes)
+            if other := _same(planned, named):
                 raise UserError(
                     f"attack '{request.label}' is the same as '{other.label}' (code, options, ball); leave one out"
                 )
-        planned.append(PlannedAttack(request.label, request.name, attack, ball))
-    return Plan(threat, tuple(planned))
+            named.append(planned)
+        order.append((request, planned))
+    found: list[PlannedAttack] = []
+    left_out: list[LeftOut] = []
+    for request, planned in order:
+        if planned is not None:
+            found.append(planned)
+            continue
+        for member in TIERS[request.name]:
+            one = _plan_member(member, request.name, left_out, host, threat, budgets or {}, classes)
+            if one is not None and not _same(one, [*named, *found]):
+                found.append(one)
+    return Plan(threat, tuple(found), tuple(dict.fromkeys(left_out)))
+
+
+def _plan_member(
+    member: str, tier: str, left_out: list[LeftOut], host: PluginHost, *about: Any
+) -> PlannedAttack | None:
+    request = _parse_attack(member)
+    make(host, "attack", request.name, request.options)  # what is wrong with a tier itself is no reason to leave it out
+    try:
+        return _plan_one(request, host, *about)
+    except UserError as error:
+        instead = _STAND_INS.get(member)
+        left_out.append(LeftOut(member, tier, str(error) + (f" ({instead} takes its place)" if instead else "")))
+    return None if instead is None else _plan_one(_parse_attack(instead), host, *about)
+
+
+def _same(planned: PlannedAttack, others: Iterable[PlannedAttack]) -> PlannedAttack | None:
+    attack, ball = planned.attack, planned.threat
+    return next(
+        (one for one in others if type(one.attack) is type(attack) and one.attack == attack and one.threat == ball),
+        None,
+    )
+
+
+def _plan_one(
+    request: Request, host: PluginHost, threat: ThreatModel, budgets: Mapping[str, str], classes: int | None
+) -> PlannedAttack:
+    if request.name not in host["attack"]:
+        hint = nearest(request.name, [*TIERS, *(entry.name for entry in host["attack"])])
+        if any(f"'{tier}'" in hint for tier in TIERS):
+            raise UserError(f"there is no attack or battery named '{request.name}'{hint}")
+    attack = make(host, "attack", request.name, request.options)
+    if not isinstance(attack, Attack):
+        raise ComponentError(f"attack '{request.name}' must be callable and have norms, minimal and access")
+    needed = int(getattr(attack, "min_classes", 2))
+    if classes is not None and classes < needed:
+        raise UserError(
+            f"attack '{request.label}' needs {needed} classes, the network has {classes}; use apgd-ce or autoattack"
+        )
+    return PlannedAttack(request.label, request.name, attack, _ball_of(request, attack, threat, budgets))
 
 
 def _ball_of(request: Request, attack: Attack, threat: ThreatModel, budgets: Mapping[str, str]) -> ThreatModel:

@@ -15,6 +15,18 @@ _HERE = "scl_defense_benchmarks"
 @hookimpl
 def register_attacks(register: Register) -> None:
     torchattacks, art, native = (f"{_HERE}.{name}" for name in ("torchattacks_adapter", "art_adapter", "native"))
+    for name, target, summary in (
+        ("apgd-ce", "APGDCE", "Auto-PGD on cross-entropy, Linf or L2, 100 steps"),
+        ("apgd-dlr", "APGDDLR", "Auto-PGD on the DLR loss, Linf or L2, 100 steps, 3 classes or more"),
+        ("apgd-t", "APGDT", "Auto-PGD on the targeted DLR loss, 9 classes in turn, 4 classes or more"),
+        ("fab-t", "FAB", "targeted FAB, smallest Linf or L2, 9 classes in turn"),
+        ("square", "Square", "Square Attack, Linf or L2, 5000 queries, no gradient"),
+        ("deepfool", "DeepFool", "DeepFool with a last overshoot, smallest L2"),
+        ("mifgsm", "MIFGSM", "momentum iterative FGSM, Linf, 10 steps"),
+    ):
+        for prefix, of in (("", f" (this is torchattacks:{name})"), ("torchattacks:", " (torchattacks)")):
+            register(prefix + name, f"{torchattacks}:{target}", summary=summary + of)
+    register("autoattack", f"{_HERE}.autoattack:AutoAttack", summary="apgd-ce, apgd-t, fab-t, square on what is left")
     register("fgsm", f"{torchattacks}:FGSM", summary="recommended FGSM, Linf, one step (this is torchattacks:fgsm)")
     register("pgd", f"{torchattacks}:PGD", summary="recommended PGD, Linf or L2, 20 steps (this is torchattacks:pgd)")
     register("cw", f"{torchattacks}:CW", summary="recommended Carlini-Wagner, smallest L2 (this is torchattacks:cw)")

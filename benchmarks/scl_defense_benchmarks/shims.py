@@ -1,4 +1,4 @@
-"""What a library is handed in place of the bare network, and what surrounds its Carlini-Wagner attack.
+"""What a library is handed in place of the bare network, and what surrounds its searches for the nearest example.
 
 Two faults make Carlini-Wagner (CW) report robustness that is not there:
 
@@ -13,7 +13,7 @@ Two faults make Carlini-Wagner (CW) report robustness that is not there:
   8, 21, 95 and 100 %; and the larger margin finds the smaller median distance on grey digits too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks.forward import check_logits, decide, logits_of
 
 WALL = 1e-2
-L2 = ThreatModel("l2", "0")  # for its distance only
 BOX = ThreatModel("linf", "1")  # its ball holds the whole box, so its projection is the box's
 
 
@@ -48,13 +47,17 @@ class _UnitGradient(torch.autograd.Function):
     """The identity; on the way back each image's gradient is divided by its largest entry."""
 
     @staticmethod
-    def forward(context: Any, images: Tensor) -> Tensor:
+    def forward(context: Any, images: Tensor, witness: Callable[[Tensor], None]) -> Tensor:
+        context.witness = witness
         return images.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        largest = gradient.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
-        return torch.where(largest > 0, gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        largest = gradient.flatten(1).abs().amax(1)
+        context.witness((largest > 0) & largest.isfinite())
+        largest = largest.view(-1, 1, 1, 1)
+        unit = torch.where(largest > 0, gradient / largest.clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+        return unit, None
 
 
 class UnitGradient(LibraryNetwork):
@@ -62,10 +65,44 @@ class UnitGradient(LibraryNetwork):
 
     Both libraries divide an L2 gradient by its length plus a floor (1e-10 and 1e-7), and the loss is a mean over the
     batch: with small gradients (large logits, large batches) the step shrinks and the attack looks weak.
+
+    seen: (N,) which images of the batch have had a finite gradient that is not zero since :meth:`watch`.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        super().__init__(network, device)
+        self.seen = torch.zeros(0, dtype=torch.bool)
+
+    def watch(self, count: int) -> None:
+        """Forget what was seen; the next batches have ``count`` images."""
+        self.seen = torch.zeros(count, dtype=torch.bool, device=self.where.device)
+
+    def _saw(self, usable: Tensor) -> None:
+        if len(usable) == len(self.seen):
+            self.seen |= usable
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(_UnitGradient.apply(images.float(), self._saw))
+
+
+class UnitSpread(LibraryNetwork):
+    """Logits over their spread, largest minus smallest: for attacks that solve z_j - z_y = 0 by its slope.
+
+    Every linearised boundary stays where it is. FAB takes slopes below 1e-8 a pixel for zero and adds 1e-12 to their
+    length: without this it finds nothing on small logits.
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(_UnitGradient.apply(images.float()))
+        logits = super().forward(images)
+        spread = (logits.amax(1, keepdim=True) - logits.amin(1, keepdim=True)).detach()
+        return logits / spread.clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+class OwnLogits(LibraryNetwork):
+    """A copy of the logits: Square writes into what it is given, which may be the network's own."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).clone()
 
 
 class PositiveLogits(LibraryNetwork):
@@ -86,7 +123,33 @@ def into_box(images: Tensor, examples: Tensor) -> Tensor:
     return torch.where((examples < 0) | (examples > 1), BOX.project(images, examples), examples)
 
 
+def finite_or(images: Tensor, examples: Tensor) -> Tensor:
+    """``examples``, and the image itself where one is not finite."""
+    return torch.where(examples.flatten(1).isfinite().all(1).view(-1, 1, 1, 1), examples, images)
+
+
 @torch.no_grad()
+def nearest_wrong(
+    classifier: nn.Module, images: Tensor, labels: Tensor, examples: Iterable[Tensor], norm: str
+) -> tuple[Tensor, Tensor]:
+    """Per image the nearest of its ``examples``, each (N, C, H, W), that ``classifier`` gets wrong.
+
+    Examples are brought into the box first. Returns them, the image itself where none is wrong, and (N,) whether one
+    is.
+    """
+    ball = ThreatModel(norm, "0")  # for its distance only
+    best, nearest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
+    for raw in examples if len(images) else ():
+        example = into_box(images, raw)
+        with frozen(classifier):
+            fooled = decide(logits_of(classifier, example)) != labels
+        distance = ball.distance(images, example).to(nearest)
+        better = fooled & (distance < nearest)
+        nearest = torch.where(better, distance, nearest)
+        best = torch.where(better.view(-1, 1, 1, 1), example, best)
+    return best, nearest.isfinite()
+
+
 def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, candidates: Iterable[Tensor]) -> Tensor:
     """Per image the candidate nearest in L2 that ``classifier`` gets wrong; the image itself where none is.
 
@@ -94,17 +157,11 @@ def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, cand
     with its perturbation carried over to the image: a pixel that the attack left alone is then exactly where it was.
     A failure comes back as the untouched image and never 0.01 beside it: it must be seen as one that moved nothing.
     """
-    if len(images) == 0:
-        return images.clone()
-    best, nearest = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
     start = off_the_walls(images)
-    for candidate in candidates:
-        shifted = images + (candidate - start)
-        for example in (into_box(images, candidate), into_box(images, shifted)):
-            with frozen(classifier):
-                fooled = decide(logits_of(classifier, example)) != labels
-            distance = L2.distance(images, example).to(nearest)
-            better = fooled & (distance < nearest)
-            nearest = torch.where(better, distance, nearest)
-            best = torch.where(better.view(-1, 1, 1, 1), example, best)
-    return best
+
+    def both() -> Iterator[Tensor]:
+        for candidate in candidates:
+            yield candidate
+            yield images + (candidate - start)
+
+    return nearest_wrong(classifier, images, labels, both(), "l2")[0]

@@ -1,17 +1,49 @@
-"""Attacks of torchattacks (Kim 2020). The only file that imports it. 3.3.0 and 3.5.1 give the same results."""
+"""Attacks of torchattacks (Kim 2020). The only file that imports it. 3.3.0 and 3.5.1 give the same results.
+
+What the library does otherwise than its attacks' names say, and what is done about it here:
+
+- 10 steps where the papers take 100, and Square's schedule rescaled: the papers' numbers are passed.
+- APGD, APGD-T, FAB and Square hand a failure back as the clean image, which looks like no attempt: the best iterate
+  comes back instead, and the clean image only where no gradient was ever seen.
+- They reseed the global generators with a fixed ``seed``, the same for every batch: the seed is drawn from ``rng``.
+- APGD-T under L2 takes the step length of the batch's *first* image for all images: each has its own.
+- FAB keeps the first class that succeeds inside eps: the nearest example over all classes is kept.
+- A slope that vanishes (DeepFool) or is not a number (FAB) turns the iterate into NaN, and with it what FAB had
+  found: they stay where they were.
+- DeepFool stops *on* the decision boundary, where the label is still right: a last overshoot follows.
+- Square under L2 fails unless images are square and their side is one of those its first pattern fits: others are
+  padded, and what it draws in the padding is lost.
+"""
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 import torchattacks
 from torch import Tensor, nn
 
+from scl_defense.errors import UserError
+from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
-from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
+from scl_defense_benchmarks.fields import Queries, RandomStart, RelStep, Restarts, Steps, Targets
+from scl_defense_benchmarks.forward import logits_of
 from scl_defense_benchmarks.library_guard import library_call
-from scl_defense_benchmarks.shims import LibraryNetwork, PositiveLogits, UnitGradient, off_the_walls, smallest_success
+from scl_defense_benchmarks.shims import (
+    LibraryNetwork,
+    OwnLogits,
+    PositiveLogits,
+    UnitGradient,
+    UnitSpread,
+    finite_or,
+    into_box,
+    nearest_wrong,
+    off_the_walls,
+    smallest_success,
+)
+
+_NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 def _call(
@@ -123,3 +155,411 @@ class CW:
                 )
 
         return smallest_success(classifier, images, labels, candidates())
+
+
+@component
+class MIFGSM:
+    """Momentum iterative FGSM (Dong et al. 2018, alg. 1): the sign of a running sum of gradients of L1 length 1."""
+
+    steps: Steps = 10
+    rel_step: RelStep = 0.25
+    decay: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False, description="what is kept of the sum")] = 1.0
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "mifgsm"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the Linf ball, shaped as ``images``."""
+        if threat.radius == 0 or len(images) == 0:
+            return images.clone()
+        alpha = self.rel_step * threat.radius
+        settings = {"eps": threat.radius, "alpha": alpha, "steps": self.steps, "decay": self.decay}
+        made = _call(lambda net: torchattacks.MIFGSM(net, **settings), classifier, images, labels, rng)
+        return finite_or(images, made)  # the library divides a gradient of zero by its length
+
+
+@component
+class DeepFool:
+    """DeepFool (Moosavi-Dezfooli et al. 2016, alg. 2): steps onto the nearest linearised boundary, smallest L2.
+
+    The library cuts at the box inside its loop and then converges *to* the boundary: the perturbation is tried as it
+    is, times 1.001 and times 1.02 (the paper's overshoot), and the nearest that is wrong is kept. It goes image by
+    image, with one backward pass a class and step: slow with many classes.
+    """
+
+    steps: Steps = 50
+
+    norms: ClassVar[frozenset[str]] = frozenset({"l2"})
+    minimal: ClassVar[bool] = True
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "deepfool"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns the nearest success, else the last iterate.
+
+        ``threat`` bounds nothing here: the distance is measured by the evaluation.
+        """
+        if len(images) == 0:
+            return images.clone()
+        made = _call(lambda net: _DeepFool(net, steps=self.steps), classifier, images, labels, rng, shim=UnitSpread)
+        pushed = [images + factor * (made - images) for factor in (1.0, 1.001, 1.02)]
+        best, found = nearest_wrong(classifier, images, labels, pushed, "l2")
+        return torch.where(found.view(-1, 1, 1, 1), best, into_box(images, pushed[-1]))
+
+
+class _DeepFool(torchattacks.DeepFool):
+    """An image that a step leaves where it is, or throws away, is finished."""
+
+    def _forward_indiv(self, image: Tensor, label: Tensor) -> tuple[bool, Tensor, Tensor]:
+        stop, predicted, moved = super()._forward_indiv(image, label)
+        if not moved.isfinite().all():
+            return True, predicted, image.detach()
+        return stop or torch.equal(moved, image), predicted, moved
+
+
+@component
+class APGDCE:
+    """Auto-PGD on cross-entropy (Croce & Hein 2020, alg. 1): the step length halves where the loss stops rising."""
+
+    steps: Steps = 100
+    restarts: Restarts = 1
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "apgd"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        settings = {"loss": "ce", "steps": self.steps, "restarts": self.restarts}
+        return _apgd(classifier, images, labels, threat, rng, **settings)
+
+
+@component
+class APGDDLR:
+    """Auto-PGD on the difference of logits ratio (Croce & Hein 2020, eq. 6): the margin over z_(1) - z_(3).
+
+    No scale of the logits saturates it, as one saturates cross-entropy. It needs three classes.
+    """
+
+    steps: Steps = 100
+    restarts: Restarts = 1
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "apgd"
+    min_classes: ClassVar[int] = 3
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        check_classes(self, "apgd-dlr", classifier, images)
+        settings = {"loss": "dlr", "steps": self.steps, "restarts": self.restarts}
+        return _apgd(classifier, images, labels, threat, rng, **settings)
+
+
+@component
+class APGDT:
+    """Auto-PGD on the targeted difference of logits ratio (Croce & Hein 2020, eq. 7), class after class.
+
+    It aims at the ``targets`` likeliest other classes in turn, each time with the images that are not broken yet. It
+    needs four classes.
+    """
+
+    steps: Steps = 100
+    targets: Targets = 9
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "apgd"
+    min_classes: ClassVar[int] = 4
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        check_classes(self, "apgd-t", classifier, images)
+        settings = {"loss": "dlr", "steps": self.steps, "targets": self.targets}
+        return _apgd(classifier, images, labels, threat, rng, **settings)
+
+
+def class_count(classifier: nn.Module, images: Tensor) -> int:
+    """How many logits ``classifier`` gives for the first of ``images``."""
+    with frozen(classifier):
+        return logits_of(classifier, images[:1]).shape[1]
+
+
+def check_classes(attack: Any, name: str, classifier: nn.Module, images: Tensor) -> None:
+    """Raise :class:`UserError` when the network has fewer classes than the attack's loss is defined for."""
+    if len(images) and (classes := class_count(classifier, images)) < attack.min_classes:
+        raise UserError(
+            f"attack '{name}' needs {attack.min_classes} classes, the network has {classes}; use apgd-ce or autoattack"
+        )
+
+
+def margin_apgd(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    rng: torch.Generator,
+    *,
+    steps: int,
+) -> Tensor:
+    """Auto-PGD on the plain margin: what is left of the DLR loss with two classes."""
+    return _apgd(classifier, images, labels, threat, rng, loss="margin", steps=steps)
+
+
+def _apgd(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    rng: torch.Generator,
+    *,
+    loss: Literal["ce", "dlr", "margin"],
+    steps: int,
+    restarts: int = 1,
+    targets: int = 0,
+) -> Tensor:
+    """targets: 0 for the untargeted loss. Returns a wrong iterate in the ball, else that of the highest loss."""
+    if threat.radius == 0 or len(images) == 0:
+        return images.clone()
+
+    def build(net: nn.Module) -> _APGD:
+        attack = _APGD(
+            net, norm=_NORMS[threat.norm], eps=threat.radius, steps=steps, loss="ce" if loss == "ce" else "dlr"
+        )
+        attack.restarts, attack.target_count, attack.scaled = restarts, targets, loss != "margin"
+        return attack
+
+    return _call(build, classifier, images, labels, rng)
+
+
+class _APGD(torchattacks.APGD):
+    """The library's step loop, with our own loop over restarts and targets around it.
+
+    APGDT of the library is a copy of APGD with another loss (and one step length for the whole batch under L2): here
+    it is APGD with that loss.
+    """
+
+    restarts, target_count, scaled = 1, 0, True
+    targets: Tensor | None = None
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        column = (-1, 1, 1, 1)
+        best, highest = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
+        found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        with torch.no_grad():
+            order = self.get_logits(images).argsort(1)
+        ranks = [None] if self.target_count == 0 else range(2, 2 + min(self.target_count, order.shape[1] - 1))
+        for rank in (rank for rank in ranks for _ in range(self.restarts)):
+            left = (~found).nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            self.targets = None if rank is None else order[left, -rank]
+            self.model.watch(len(left))
+            climbed, right, loss, wrong = self.attack_single_run(images[left], labels[left])
+            broken = ~right.bool()
+            # Without a usable gradient an iterate is a random start: no attempt, and it must not look like one.
+            higher = broken | (self.model.seen & (loss > highest[left]))
+            made = torch.where(broken.view(column), wrong, climbed).detach()
+            best[left] = torch.where(higher.view(column), made, best[left])
+            highest[left] = torch.where(higher, loss.detach(), highest[left])
+            found[left] = broken
+        return finite_or(images, best)
+
+    def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: (M, K) logits, y: (M,). (M,) the DLR loss, the targeted one for ``targets``, or the plain margin."""
+        rows = torch.arange(len(y), device=y.device)
+        ordered = x.sort(dim=1).values
+        if self.targets is not None:
+            scale = ordered[:, -1] - 0.5 * ordered[:, -3] - 0.5 * ordered[:, -4] + 1e-12
+            return -(x[rows, y] - x[rows, self.targets]) / scale
+        other = torch.where(x.argmax(1) == y, ordered[:, -2], ordered[:, -1])
+        return -(x[rows, y] - other) / (ordered[:, -1] - ordered[:, -3] + 1e-12 if self.scaled else 1)
+
+
+@component
+class FAB:
+    """Targeted fast adaptive boundary attack (Croce & Hein 2020b, alg. 1): the smallest perturbation, class by class.
+
+    Each step goes onto the linearised boundary to one class, pulled back towards the image. All ``targets`` likeliest
+    other classes are aimed at, and the nearest example is kept.
+    """
+
+    steps: Steps = 100
+    targets: Targets = 9
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    minimal: ClassVar[bool] = True
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "fab"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns the nearest success, else the last iterate.
+
+        Of ``threat`` only the norm is used: the distance is measured by the evaluation.
+        """
+        return fab(classifier, images, labels, threat.norm, rng, steps=self.steps, targets=self.targets)
+
+
+def fab(
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    norm: str,
+    rng: torch.Generator,
+    *,
+    steps: int,
+    targets: int,
+    enough: float = 0.0,
+) -> Tensor:
+    """FAB-T. enough: an image with an example at most so far away is aimed at no further class.
+
+    Returns the nearest example that is wrong, else the last iterate; the image itself where no step was possible.
+    """
+    if len(images) == 0:
+        return images.clone()
+    attack: list[_FAB] = []
+
+    def build(net: nn.Module) -> _FAB:
+        attack.append(_FAB(net, norm=_NORMS[norm], steps=steps))
+        attack[0].target_count, attack[0].enough = targets, enough
+        return attack[0]
+
+    nearest = _call(build, classifier, images, labels, rng, shim=UnitSpread)
+    pushed = images + 1.001 * (nearest - images)  # on the boundary one batch's rounding decides the label
+    best, found = nearest_wrong(classifier, images, labels, [nearest, pushed], norm)
+    return torch.where(found.view(-1, 1, 1, 1), best, into_box(images, attack[0].last))
+
+
+class _FAB(torchattacks.FAB):
+    """The library's steps towards one class; what they find is kept here, over all classes."""
+
+    target_count, enough = 9, 0.0
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.images, self.labels, self.last = images, labels, images.clone()
+        self.nearest, self.distance = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
+        self.seen = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        classes = self.get_logits(images).shape[1]
+        self.multi_targeted = True
+        for rank in range(2, 2 + min(self.target_count, classes - 1)):
+            self.target_class = rank
+            self.left = (self.distance > self.enough).nonzero().squeeze(1)
+            if len(self.left) == 0:
+                break
+            self.rows, self.current = None, images.clone()
+            self.attack_single_run_targeted(images[self.left], labels[self.left])
+            tried = (self.current != images).flatten(1).any(1) & self.seen  # without a slope it moves by rounding alone
+            self.last = torch.where(tried.view(-1, 1, 1, 1), self.current, self.last)
+        return self.nearest
+
+    def get_diff_logits_grads_batch_targeted(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        df, dg = super().get_diff_logits_grads_batch_targeted(*given)
+        largest = dg.flatten(1).abs().amax(1)
+        self.seen[self.rows] |= (largest > 0) & largest.isfinite()
+        return df, dg
+
+    def _get_predicted_label(self, x: Tensor) -> Tensor:
+        """The library asks for the labels of the images once, and then of every iterate: the hook on its loop."""
+        if self.rows is None:
+            predicted = super()._get_predicted_label(x)
+            self.rows = self.left[predicted == self.labels[self.left]]  # it goes on with these alone
+            return predicted
+        rows = self.rows
+        x.copy_(finite_or(self.current[rows], x))
+        predicted = super()._get_predicted_label(x)
+        away = (x - self.images[rows]).flatten(1)
+        distance = away.abs().amax(1) if self.norm == "Linf" else away.norm(dim=1)
+        better = (predicted != self.labels[rows]) & (distance < self.distance[rows])
+        self.distance[rows] = torch.where(better, distance, self.distance[rows])
+        self.nearest[rows] = torch.where(better.view(-1, 1, 1, 1), x, self.nearest[rows])
+        self.current[rows] = x
+        return predicted
+
+
+@component
+class Square:
+    """Square Attack (Andriushchenko et al. 2020, algs. 1 to 3): random search over squares, no gradient.
+
+    The side of the squares shrinks after fixed numbers of queries as in the paper; a search of fewer than 5000 goes
+    through the whole schedule.
+    """
+
+    queries: Queries = 5000
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["score"]] = "score"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "square"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns the best point tried, shaped as ``images``."""
+        if threat.radius == 0 or len(images) == 0:
+            return images.clone()
+        height, width = images.shape[2:]
+        side = _square_side(max(height, width)) if threat.norm == "l2" else 0
+        padding = (0, max(side - width, 0), 0, max(side - height, 0))
+        inner = _Cropped(classifier, height, width)
+        settings = {"norm": _NORMS[threat.norm], "eps": threat.radius, "n_queries": self.queries}
+        made = _call(
+            lambda net: _Square(net, resc_schedule=self.queries < 5000, **settings),
+            inner if any(padding) else classifier,
+            F.pad(images, padding),
+            labels,
+            rng,
+            shim=OwnLogits,
+        )
+        return made[:, :, :height, :width].contiguous()
+
+
+def _square_side(side: int) -> int:
+    """The smallest side from ``side`` on that the library's first L2 pattern, of tiles a fifth wide, fits into."""
+    side = max(side, 5)
+    tile = side // 5
+    fits = tile == 1 or (side - 5 * tile) // 2 + side // tile * tile <= side
+    return side if fits else _square_side(side + 1)
+
+
+class _Cropped(nn.Module):
+    """The network of images that were padded below and on the right."""
+
+    def __init__(self, network: nn.Module, height: int, width: int):
+        super().__init__()
+        self.network, self.height, self.width = network, height, width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images[:, :, : self.height, : self.width])
+
+
+class _Square(torchattacks.Square):
+    """A failure is the best point tried, not the clean image; the global generators are seeded from outside."""
+
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        self.init_hyperparam(x)
+        return self.attack_single_run(x, y)[1]

@@ -28,16 +28,29 @@ def register_generators(register: Register) -> None:
 @hookimpl
 def register_trainers(register: Register) -> None:
     at = f"{_HERE}.trainers"
+    presets = f"{at}.presets"
     register(
         "adv-supcon",
-        f"{at}.adv_supcon:AdvSupCon",
+        f"{presets}:AdvSupCon",
         summary="supervised contrastive over clean and adversarial views, CE on clean and adversarial",
     )
+    register("simclr", f"{presets}:SimCLR", summary="NT-Xent on clean views, linear probe (label-free)")
+    register("supcon", f"{presets}:SupCon", summary="supervised contrastive on clean views, linear probe")
+    register("rocl", f"{presets}:RoCL", summary="RoCL: adversarial views as instance positives, linear probe")
+    register("acl", f"{presets}:ACL", summary="ACL(DS): clean and adversarial NT-Xent with dual batch norm, probe")
+    register("clae", f"{presets}:CLAE", summary="CLAE: NT-Xent with one-step adversarial positives, probe")
+    register("ascl", f"{presets}:ASCL", summary="ASCL: CE on adversarials + supervised contrastive + KL")
+    register("wang-scl", f"{presets}:WangSCL", summary="SupCon + CE on clean images, from the description")
+    register("wang-scl-margin", f"{presets}:WangSCLMargin", summary="SupCon + CE + margin, from the description")
+    register("multiview", f"{at}.multiview:MultiView", summary="the general contrastive trainer: every switch")
     register(
         "cross-entropy",
         f"{at}.cross_entropy:CrossEntropy",
         summary="the plain baseline; with generator pgd it is Madry's adversarial training",
     )
+    register("trades", f"{at}.trades:TRADES", summary="TRADES: CE on clean + KL to adversarial")
+    register("mart", f"{at}.mart:MART", summary="MART: boosted CE on adversarial + KL weighted by doubt")
+    register("linear", f"{at}.linear:Linear", summary="a linear head on a frozen encoder (--init CKPT): SLF, ALF")
 
 
 @hookimpl

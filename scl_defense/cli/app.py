@@ -14,6 +14,9 @@ from scl_defense.errors import SclDefenseError
 COMMANDS = {
     "train": ("scl_defense.cli.train", "Train a network with adversarial examples among its positives."),
     "benchmark": ("scl_defense.cli.benchmark", "Attack a trained checkpoint and report what can be trusted."),
+    "study": ("scl_defense.cli.study", "Train and attack a grid of methods and seeds; tables, figures, a summary."),
+    "generate": ("scl_defense.cli.generate", "Make adversarial examples once and store them for training."),
+    "finetune": ("scl_defense.cli.finetune", "Judge a trained encoder by a fixed protocol: SLF, ALF or AFF."),
     "plugins": ("scl_defense.cli.plugins", "What is installed and from where; the contract test."),
     "info": ("scl_defense.cli.info", "What a checkpoint holds."),
 }

@@ -30,6 +30,9 @@ def command(checkpoint: str, as_json: bool) -> None:
         "threat": content["threat"],
         "trainer": content.get("trainer"),
         "generator": content.get("generator"),
+        "batch_norm_branch": content.get("branch"),
+        "weight_average": bool(content.get("training")),
+        "passes": content.get("passes"),
         "epoch": content.get("epoch"),
         "best": content.get("best"),
         "config": json.loads(content["config"]),
@@ -46,7 +49,7 @@ def command(checkpoint: str, as_json: bool) -> None:
                 click.echo(f"  {key}: {item}")
         elif name == "plugins":
             click.echo("plugins: " + ", ".join(f"{p['plugin']} ({p['distribution']} {p['version']})" for p in value))
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             click.echo(f"{name}: " + ", ".join(str(item) for item in value))
         else:
             click.echo(f"{name}: {value}")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
+from scl_defense.compose import check_name
 from scl_defense.config import TrainConfig, options_of, read_toml, train_config
 from scl_defense.errors import UserError
 
@@ -67,8 +68,10 @@ def command(
     if resume is None:
         config = train_config(_merged(read_toml(config_file) if config_file else {}, given))
         # A misspelt name is answered before torch is imported.
-        for name in ("generator", "trainer", "model"):
+        for name in ("trainer", "model"):
             host[name].entry(getattr(config, name))
+        if config.generator is not None:
+            check_name(host, config.generator)
         for name in config.logger:
             host["logger"].entry(name)
     from scl_defense.cli.progress import TrainProgress
@@ -77,9 +80,9 @@ def command(
     with TrainProgress(quiet=quiet or as_json) as progress:
         result = train(config, resume=resume, host=host, on_event=progress, dry_run=dry_run)
     if dry_run:
-        _show_plan(result, as_json)
+        show_plan(result, as_json)
     else:
-        _show_result(result, as_json)
+        show_result(result, as_json)
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _merged(base: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 _DEFAULTS = TrainConfig()
 
 
-def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         common.print_json(plan)
         return
@@ -121,7 +124,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     click.echo("nothing was written (--dry-run)")
 
 
-def _show_result(result: Any, as_json: bool) -> None:
+def show_result(result: Any, as_json: bool) -> None:
     if as_json:
         common.print_json({**dataclasses.asdict(result), "threat": str(result.threat)})
         return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scl_defense.generation import generate
+from scl_defense.generation import centres, generate
 from scl_defense.models import Network, Twin
 from scl_defense.runtime import stream
 from scl_defense.testing import _worlds as worlds
@@ -73,12 +73,12 @@ class Trial:
     def shaped(self) -> bool:
         if not isinstance(self.output, Tensor) or self.output.dim() != 5:
             return False
-        return self.output.shape[1:] == self.views.shape[1:] and len(self.output) <= len(self.views)
+        return self.output.shape[1:] == self.views.shape[1:]
 
     @property
     def origin(self) -> Tensor:
         """(A * N, C, H, W): where the balls are centred."""
-        return self.views[: len(self.output)].flatten(0, 1)
+        return centres(self.views, len(self.output)).flatten(0, 1)
 
     @property
     def flat(self) -> Tensor:
@@ -144,6 +144,7 @@ class Trials:
             cache={} if cache is None else cache,
             streams=lambda purpose, *counters: stream(seed, f"generator {purpose}", *counters),
             generator=f"generator '{self.name}'",
+            reaugment=lambda images, view: (images + (batch.views[view] - batch.images)).clamp(0, 1),
             touched=set() if touched is None else touched,
         )
         lent: list[Network] = []
@@ -157,7 +158,7 @@ class Trials:
         outside = {} if network is None else network_state(network)
         spy: Any = _Spy(self.component, needs, lent)
         seed_globals(global_seed)  # so that drawing from them is one failure, not all
-        generate(spy, batch, context, network=network, encoder=encoder)
+        generate(spy, batch, context, network=network, encoder=encoder, saved=lambda path: worlds.saved_encoder(shape))
         after = {} if network is None else network_state(network)
         where = f"{threat}, {len(batch.labels)} images {'x'.join(map(str, shape))}"
         disturbed = sorted({*spy.disturbed, *changes(outside, after)})

@@ -88,6 +88,11 @@ def lived_in_network(shape: Shape, *, seed: int = 0) -> Network:
     return network
 
 
+def saved_encoder(shape: Shape) -> nn.Module:
+    """What a checkpoint of anyone's would give: another network's encoder, frozen."""
+    return lived_in_network(shape, seed=1234).encoder.eval().requires_grad_(False)
+
+
 class LinearEncoder(nn.Module):
     """(N, C, H, W) -> (N, D), linear in the pixels."""
 

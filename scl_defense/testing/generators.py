@@ -38,8 +38,8 @@ def check_generator(component: Any, name: str | None = None) -> list[CheckResult
 
 
 def check_needs_declared(trials: Trials) -> None:
-    """``needs`` is a subset of {"embed", "logits", "labels"} and nothing else is touched: what the table of results
-    calls model-free or label-free must be so.
+    """``needs`` is a subset of {"embed", "logits", "labels", "checkpoint"} and nothing else is touched: what the table
+    of results calls model-free or label-free must be so.
     """
     needs: Any = getattr(trials.component, "needs", None)
     legal = isinstance(needs, (set, frozenset)) and needs <= NEEDS
@@ -50,10 +50,10 @@ def check_needs_declared(trials: Trials) -> None:
 
 
 def check_returns_views(trials: Trials) -> None:
-    """The output is (A, N, C, H, W) with A at most the number of views: view a belongs to ``batch.views[a]``."""
+    """The output is (A, N, C, H, W): adversarial view a belongs to ``batch.views[a % V]``."""
     for trial in trials.grid:
         got = tuple(trial.output.shape) if isinstance(trial.output, Tensor) else type(trial.output).__name__
-        wanted = f"(A, {', '.join(map(str, trial.views.shape[1:]))}) with A <= {len(trial.views)}"
+        wanted = f"(A, {', '.join(map(str, trial.views.shape[1:]))})"
         expect(trial.shaped, f"it returned {got}, not {wanted} ({trial.where})")
 
 

@@ -131,7 +131,8 @@ def check_metrics(trials: Trials) -> None:
 
 
 def check_gradients_reach_encoder(trials: Trials) -> None:
-    """The loss trains the encoder, with and without adversarial views."""
+    """The loss trains the encoder, with and without adversarial views (unless the class says ``frozen_encoder``)."""
+    applies_if(not getattr(trials.component, "frozen_encoder", False))
     for count in (0, 1):
         network = _after_backward(trials, trials.batch(), count)
         moved = any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.encoder.parameters())

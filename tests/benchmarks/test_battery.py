@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 from scl_defense_benchmarks import art_adapter, native, torchattacks_adapter
-from scl_defense_benchmarks.battery import Plan, PlannedAttack, Request, parse_battery, plan_attacks
+from scl_defense_benchmarks.battery import TIERS, Plan, PlannedAttack, Request, parse_battery, plan_attacks
 
 from scl_defense.errors import ComponentError, UserError
 from scl_defense.registry import Owner
@@ -144,3 +144,81 @@ def test_a_component_that_is_no_attack_is_named(host):
     host["attack"].add("no-attack", NoAttack, summary="lacks nearly everything", owner=Owner("a test", "1", "here"))
     with pytest.raises(ComponentError, match="'no-attack' must be callable and have norms, minimal and access"):
         plan_attacks("no-attack", host=host, threat=MAIN)
+
+
+# -- tiers
+
+
+def labels_of(plan):
+    return [planned.label for planned in plan.attacks]
+
+
+def test_a_tier_stands_for_its_attacks(host):
+    plan = plan_attacks("quick", host=host, threat=MAIN, budgets=BUDGETS, classes=10)
+    assert labels_of(plan) == ["noise", "fgsm", "pgd"] and plan.left_out == ()
+    plan = plan_attacks("standard", host=host, threat=MAIN, budgets=BUDGETS, classes=10)
+    standard = ["noise", "fgsm", "pgd", "cw", "deepfool", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert labels_of(plan) == standard and plan.left_out == ()
+    assert [str(threat) for threat in plan.threats()] == ["linf:8/255", "l2:0.5"]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_attack_of_a_tier_exists(host, tier):
+    plan = plan_attacks(tier, host=host, threat=MAIN, budgets=BUDGETS)
+    assert labels_of(plan) == list(TIERS[tier]) and plan.left_out == ()
+    assert set(TIERS["quick"]) < set(TIERS["standard"]) < set(TIERS["full"])
+    assert not set(TIERS) & {entry.name for entry in host["attack"]}
+
+
+def test_what_cannot_work_is_left_out_of_a_tier_with_its_reason(host):
+    plan = plan_attacks("standard", host=host, threat=ThreatModel("l2", "0.5"), budgets=BUDGETS, classes=3)
+    assert labels_of(plan) == ["noise", "pgd", "cw", "deepfool", "apgd-ce", "fab-t", "square"]
+    assert [(one.label, one.tier) for one in plan.left_out] == [("fgsm", "standard"), ("apgd-t", "standard")]
+    assert "cannot work in l2" in plan.left_out[0].reason
+    assert "needs 4 classes, the network has 3" in plan.left_out[1].reason
+
+
+def test_under_l1_our_own_descent_takes_the_place_of_the_library_s(host):
+    plan = plan_attacks("quick", host=host, threat=ThreatModel("l1", "12"), budgets=BUDGETS, classes=10)
+    assert labels_of(plan) == ["noise", "native:pgd"]
+    assert [one.label for one in plan.left_out] == ["fgsm", "pgd"]
+    assert plan.left_out[1].reason.endswith("(native:pgd takes its place)")
+
+
+def test_a_search_without_a_usual_budget_is_left_out_of_a_tier(host):
+    plan = plan_attacks("standard", host=host, threat=MAIN, budgets={"linf": "8/255"}, classes=10)
+    assert [one.label for one in plan.left_out] == ["cw", "deepfool"]
+    assert "no usual l2 budget is known" in plan.left_out[0].reason
+
+
+def test_asked_for_by_name_it_stays_an_error(host):
+    with pytest.raises(UserError, match="'apgd-t' needs 4 classes, the network has 3; use apgd-ce or autoattack"):
+        plan_attacks("standard,apgd-t", host=host, threat=MAIN, budgets=BUDGETS, classes=3)
+    with pytest.raises(UserError, match="'apgd-dlr:steps=5' needs 3 classes, the network has 2"):
+        plan_attacks("apgd-dlr:steps=5", host=host, threat=MAIN, budgets=BUDGETS, classes=2)
+    with pytest.raises(UserError, match="'fgsm' cannot work in l2"):
+        plan_attacks("quick,fgsm", host=host, threat=ThreatModel("l2", "1"), budgets=BUDGETS)
+    assert labels_of(plan_attacks("apgd-t", host=host, threat=MAIN, budgets=BUDGETS)) == ["apgd-t"]  # not known yet
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("quick,pgd", ["noise", "fgsm", "pgd"]),
+        ("pgd:steps=20,quick", ["pgd:steps=20", "noise", "fgsm"]),
+        ("quick,torchattacks:pgd", ["noise", "fgsm", "torchattacks:pgd"]),
+        ("quick,pgd:steps=40", ["noise", "fgsm", "pgd", "pgd:steps=40"]),
+        ("quick,quick", ["noise", "fgsm", "pgd"]),
+        ("autoattack,quick", ["autoattack", "noise", "fgsm", "pgd"]),
+    ],
+)
+def test_a_tier_beside_attacks_that_are_named(host, text, labels):
+    plan = plan_attacks(text, host=host, threat=MAIN, budgets=BUDGETS)
+    assert labels_of(plan) == labels
+
+
+def test_a_tier_takes_no_options(host):
+    with pytest.raises(UserError, match="'quick' stands for several attacks and takes no options"):
+        plan_attacks("quick:eps=0.1", host=host, threat=MAIN, budgets=BUDGETS)
+    with pytest.raises(UserError, match="no attack or battery named 'standrad'; did you mean 'standard'"):
+        plan_attacks("standrad", host=host, threat=MAIN, budgets=BUDGETS)

@@ -6,12 +6,16 @@ import torchattacks
 from scl_defense_benchmarks import art_adapter, torchattacks_adapter
 from scl_defense_benchmarks.shims import (
     BOX,
-    L2,
     WALL,
     LibraryNetwork,
+    OwnLogits,
     PositiveLogits,
+    UnitGradient,
+    UnitSpread,
     check_logits,
+    finite_or,
     into_box,
+    nearest_wrong,
     off_the_walls,
     smallest_success,
 )
@@ -75,7 +79,7 @@ def test_saturated_pixels_blind_torchattacks_and_not_the_adapter(network, black_
     made = torchattacks_adapter.CW()(network, images, labels, THREAT, rng())
     assert accuracy(network, made, labels) == 0
     assert float(made.min()) >= 0 and float(made.max()) <= 1
-    assert L2.distance(images, made).max() < 3  # and by small perturbations: 8x8 images differ by up to 8
+    assert THREAT.distance(images, made).max() < 3  # and by small perturbations: 8x8 images differ by up to 8
 
 
 def test_saturated_pixels_blind_art_and_not_the_adapter(network, black_and_white, rng):
@@ -85,7 +89,7 @@ def test_saturated_pixels_blind_art_and_not_the_adapter(network, black_and_white
     assert (raw - images).abs().max() < 1e-5
     made = art_adapter.CW()(network, images, labels, THREAT, rng())
     assert accuracy(network, made, labels) == 0
-    assert L2.distance(images, made).max() < 3
+    assert THREAT.distance(images, made).max() < 3
 
 
 def test_positive_logits_change_no_decision_softmax_or_gradient_of_a_margin(network, victims):
@@ -172,3 +176,66 @@ def test_an_example_that_only_fools_off_the_walls_is_still_kept():
     candidate = torch.full_like(images, 0.505)
     best = smallest_success(Threshold(), images, labels, [candidate])
     assert torch.equal(best, candidate)
+
+
+def test_unit_spread_moves_no_linearised_boundary(network, victims):
+    images, labels = victims[0].clone().requires_grad_(), victims[1]
+    with frozen(network):
+        plain, spread = network(images), UnitSpread(network, images.device)(images)
+        assert torch.equal(plain.argmax(1), spread.argmax(1))
+        torch.testing.assert_close((spread.amax(1) - spread.amin(1)).detach(), torch.ones(len(images)))
+        # The step to the boundary of class 3: gap over slope, the same in either scale.
+        steps = []
+        for logits in (plain, spread):
+            gap = logits[:, 3] - logits.gather(1, labels[:, None]).squeeze(1)
+            slope = torch.autograd.grad(gap.sum(), images)[0]
+            steps.append(gap.detach()[labels != 3] / slope.flatten(1).norm(dim=1)[labels != 3])
+    torch.testing.assert_close(*steps, atol=1e-4, rtol=1e-4)
+
+
+def test_unit_gradient_remembers_which_images_had_a_usable_gradient():
+    class Slopes(nn.Module):
+        def forward(self, images):
+            slopes = torch.tensor([1.0, 0.0, 1e-30, torch.inf])
+            return images.flatten(1)[:, :2] * slopes[:, None]
+
+    watched = UnitGradient(Slopes(), torch.device("cpu"))
+    watched.watch(4)
+    images = torch.ones(4, 1, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(watched(images)[:, 0].sum(), images)
+    assert watched.seen.tolist() == [True, False, True, False]
+    assert gradient[:3].flatten(1).amax(1).tolist() == [1, 0, 1]
+    watched.watch(4)
+    assert not watched.seen.any()
+
+
+def test_square_is_handed_a_copy_of_the_logits():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = torch.zeros(2, 3)
+
+        def forward(self, images):
+            return self.kept
+
+    network = Own()
+    OwnLogits(network, torch.device("cpu"))(torch.zeros(2, 1, 2, 2)).fill_(1)
+    assert (network.kept == 0).all()
+
+
+def test_the_nearest_wrong_example_is_found_by_the_norm_that_was_asked_for():
+    images, labels = torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.long)
+    flat = torch.full_like(images, 0.7)  # Linf 0.7, L2 1.4
+    peaked = torch.tensor([[[[1.0, 1.0], [0.01, 0.01]]]])  # Linf 1, L2 1.414, L1 2.02 against 2.8
+    one_pixel = torch.tensor([[[[5.0, 0.0], [0.0, 0.0]]]])  # in the box it is right
+    for norm, wanted in (("linf", flat), ("l2", flat), ("l1", peaked)):
+        best, found = nearest_wrong(Threshold(), images, labels, [one_pixel, peaked, flat], norm)
+        assert found.all() and torch.equal(best, wanted), norm
+    best, found = nearest_wrong(Threshold(), images, labels, [one_pixel, flat * torch.nan], "l2")
+    assert not found.any() and torch.equal(best, images)
+
+
+def test_what_is_not_finite_becomes_the_image():
+    images, examples = torch.zeros(3, 1, 1, 2), torch.ones(3, 1, 1, 2)
+    examples[1, 0, 0, 1], examples[2, 0, 0, 0] = torch.nan, torch.inf
+    assert finite_or(images, examples).flatten(1).tolist() == [[1, 1], [0, 0], [0, 0]]

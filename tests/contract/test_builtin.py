@@ -16,23 +16,50 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"space": "pixel"},
         {"space": "filterbank"},
         {"space": "random-conv", "redraw": "step"},
-        {"space": "random-conv", "redraw": "never", "perturb": "both", "steps": 2},
+        {"space": "random-conv", "redraw": "never", "views": 2, "steps": 2},
+        {"space": "scattering", "steps": 1},
+        {"space": "checkpoint", "path": "anyone.pt", "steps": 3},
+        {"space": "pixel", "objective": "ntxent-joint", "views": 3},
+        {"objective": "align", "steps": 3},
+        {"objective": "supcon", "steps": 3},
+        {"negatives": "other-classes", "steps": 3},
     ],
-    "generator contrastive-pgd-online": [{"ema": 0.9}, {"perturb": "both", "start": "gaussian"}],
+    "generator contrastive-pgd-online": [
+        {"ema": 0.9},
+        {"views": 3, "start": "gaussian"},
+        {"objective": "ntxent-joint"},
+        {"objective": "ntxent-joint", "views": 2},
+        {"objective": "align"},
+        {"objective": "supcon"},
+        {"negatives": "other-classes"},
+    ],
+    "generator uniform-noise": [{"views": 3}],
+    "generator corner-noise": [{"views": 3}],
     "generator pgd": [
         {"loss": "kl"},
         {"loss": "margin"},
         {"steps": 1},
         {"steps": 1, "loss": "margin", "start": "zero"},
         {"steps": 3, "start": "zero"},
+        {"steps": 3, "views": 3},
+        {"steps": 2, "views": 2, "start": "zero"},
     ],
     "trainer adv-supcon": [{"head": "probe"}, {"contrast": 0.0}, {"ce_adv": 0.0}],
     "trainer cross-entropy": [{"ce_clean": 1.0}],
+    "trainer multiview": [
+        {"positives": "instance", "inferior": 0.7, "beta": 0.5, "tau_plus": 0.1},
+        {"select": "leaked", "stop": "clean", "clean_adv": 0.5, "kl": 1.0, "kl_from": "clean"},
+        {"bn": "dual", "pool": "adv", "margin": 1.0},
+    ],
+    "trainer acl": [{"pool": "cross"}, {"head": "joint", "bn": "shared"}],
+    "trainer ascl": [{"select": "hard"}],
+    "trainer linear": [{"head": "probe"}],
     "model resnet18": [{"width": 4, "stem": "imagenet"}],
     "model wide-resnet": [{"depth": 10, "widen": 1, "dropout": 0.3}],
     "attack native:pgd": [{"loss": "margin"}, {"random_start": False}],
     "attack pgd": [{"random_start": False}],
     "attack art:pgd": [{"random_start": False}],
+    "attack apgd-ce": [{"steps": 10, "restarts": 2}],
 }
 # Options that make a default run short. The promises do not depend on them.
 FAST: dict[str, dict[str, Any]] = {
@@ -41,6 +68,18 @@ FAST: dict[str, dict[str, Any]] = {
     "model wide-resnet": {"depth": 10, "widen": 1},
     "attack cw": {"c": [1.0], "steps": 40, "lr": 0.003},
     "attack torchattacks:cw": {"c": [1.0], "steps": 40, "lr": 0.003},
+    **{
+        f"attack {prefix}{name}": options
+        for prefix in ("", "torchattacks:")
+        for name, options in {
+            "apgd-ce": {"steps": 15},
+            "apgd-dlr": {"steps": 15},
+            "apgd-t": {"steps": 15, "targets": 2},
+            "fab-t": {"steps": 15, "targets": 2},
+            "square": {"queries": 60},
+        }.items()
+    },
+    "attack autoattack": {"steps": 10, "targets": 1, "queries": 20},
     "attack art:cw": {"binary_search_steps": 1, "steps": 10, "initial_c": 3.0},
 }
 # Data sets that need files; those are tested with files of their own below and in the data sets' tests.
@@ -72,6 +111,8 @@ def subjects() -> list[Subject]:
 def test_passes_the_contract(subject):
     if subject.name == "tensorboard":
         pytest.importorskip("tensorboard", reason="TensorBoard is an optional extra")
+    if subject.options.get("space") == "scattering":
+        pytest.importorskip("kymatio", reason="kymatio is an optional extra")
     results = check_entry(default_host()[subject.kind].entry(subject.name), subject.options)
     assert [f"{result.check}: {result.message}" for result in results if not result.passed] == []
     assert len(results) > 5

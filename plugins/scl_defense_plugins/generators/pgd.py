@@ -1,5 +1,6 @@
 """PGD on the classifier in training."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scl_defense.ascent import ascend
+from scl_defense.errors import UserError
 from scl_defense.types import Context, Field, GeneratorBatch, component
 
 FGSM_RS_STEP = 1.25  # Wong, Rice & Kolter 2020: one step of 1.25 eps from a uniform start
@@ -14,7 +16,7 @@ FGSM_RS_STEP = 1.25  # Wong, Rice & Kolter 2020: one step of 1.25 eps from a uni
 
 @component
 class PGD:
-    """Projected gradient ascent on a loss of the current classifier, around view 0 (Madry et al. 2018).
+    """Projected gradient ascent on a loss of the current classifier, around each view (Madry et al. 2018).
 
     ``loss``: ``ce`` cross-entropy; ``kl`` KL(p(x) || p(x + delta)), label-free, from a 0.001 N(0, I) start because its
     gradient vanishes at x (TRADES, Zhang et al. 2019); ``margin`` max_{j != y} logit_j - logit_y (Carlini & Wagner
@@ -31,37 +33,51 @@ class PGD:
         Literal["uniform", "gaussian", "zero"] | None, Field(description="start; default uniform, gaussian for kl")
     ] = None
 
+    views: Annotated[int, Field(ge=1, le=8, description="adversarial views, around views 0, 1, 0, 1, ...")] = 1
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"logits"} if self.loss == "kl" else {"logits", "labels"})
 
     def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
-        images, logits = batch.views[0], context.logits
+        start = self.start or ("gaussian" if self.loss == "kl" else "uniform")
+        if start == "zero" and self.views > len(batch.views):
+            raise UserError(
+                f"start=zero makes the same example twice: views={self.views} of {len(batch.views)}; use start=uniform"
+            )
+        rel_step = FGSM_RS_STEP if self.rel_step is None and self.steps == 1 else self.rel_step
+        adversarial = []
+        for place in range(self.views):
+            images = batch.views[place % len(batch.views)]
+            objective = self._objective(images, context)
+            adversarial.append(
+                ascend(
+                    objective,
+                    images,
+                    context.threat,
+                    steps=self.steps,
+                    rel_step=rel_step,
+                    start=start,
+                    rng=context.rng,
+                )
+            )
+        return torch.stack(adversarial)
+
+    def _objective(self, images: Tensor, context: Context) -> Callable[[Tensor], Tensor]:
+        logits = context.logits
         if self.loss == "kl":
             with torch.no_grad():
                 clean = F.softmax(logits(images), dim=1)
+            return lambda adversarial: F.kl_div(F.log_softmax(logits(adversarial), dim=1), clean, reduction="none").sum(
+                1
+            )
+        labels = context.labels
+        if self.loss == "ce":
+            return lambda adversarial: F.cross_entropy(logits(adversarial), labels, reduction="none")
 
-            def objective(adversarial: Tensor) -> Tensor:
-                return F.kl_div(F.log_softmax(logits(adversarial), dim=1), clean, reduction="none").sum(1)
+        def margin(adversarial: Tensor) -> Tensor:
+            scores = logits(adversarial)
+            own = scores.gather(1, labels[:, None])
+            return scores.scatter(1, labels[:, None], -torch.inf).amax(1) - own.squeeze(1)
 
-        elif self.loss == "ce":
-
-            def objective(adversarial: Tensor) -> Tensor:
-                return F.cross_entropy(logits(adversarial), context.labels, reduction="none")
-
-        else:
-
-            def objective(adversarial: Tensor) -> Tensor:
-                scores = logits(adversarial)
-                own = scores.gather(1, context.labels[:, None])
-                return scores.scatter(1, context.labels[:, None], -torch.inf).amax(1) - own.squeeze(1)
-
-        return ascend(
-            objective,
-            images,
-            context.threat,
-            steps=self.steps,
-            rel_step=FGSM_RS_STEP if self.rel_step is None and self.steps == 1 else self.rel_step,
-            start=self.start or ("gaussian" if self.loss == "kl" else "uniform"),
-            rng=context.rng,
-        )[None]
+        return margin

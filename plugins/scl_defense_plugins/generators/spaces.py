@@ -6,11 +6,14 @@ that a pixel which is always zero does not drown the rest.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from scl_defense.errors import UserError
 
 Space = Callable[[Tensor], Tensor]
 POOLED = 8  # feature maps are averaged down to at most 8 x 8 places
@@ -60,6 +63,28 @@ def filterbank(channels: int, size: int, device: torch.device, orientations: int
         return torch.cat([_pooled(modulus).flatten(1), _pooled(images).flatten(1)], dim=1)
 
     return features
+
+
+def scattering(size: Sequence[int], device: torch.device, octaves: int = 2, orientations: int = 8) -> Space:
+    """Scattering coefficients of orders 0 to 2 (Bruna & Mallat 2013), every channel by itself, through kymatio.
+
+    size: (H, W); fewer than ``octaves`` where a side is too small for them. Raises :class:`UserError` without kymatio.
+    """
+    octaves = min(octaves, int(math.log2(min(size))))
+    if octaves < 1:
+        raise UserError(f"space=scattering needs images of at least 2x2, not {'x'.join(map(str, size))}")
+    transform = _scattering_transform(tuple(size), device, octaves, orientations)
+    return lambda images: transform(images.contiguous()).flatten(1)
+
+
+@lru_cache(maxsize=4)  # its filters depend on nothing else, and take longer to make than to use
+def _scattering_transform(size: tuple[int, ...], device: torch.device, octaves: int, orientations: int) -> Space:
+    try:
+        # Not kymatio.torch: its 3D part imports a function that SciPy 1.17 no longer has.
+        from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
+    except ImportError:
+        raise UserError("space=scattering needs kymatio; pip install scl-defense[scattering]") from None
+    return ScatteringTorch2D(J=octaves, shape=size, L=orientations).to(device)
 
 
 def random_conv(calibration: Tensor, rng: torch.Generator, width: int = 8, depth: int = 2) -> Space:

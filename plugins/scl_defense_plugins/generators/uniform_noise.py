@@ -1,17 +1,21 @@
 """Control: uniform noise."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor
 
-from scl_defense.types import Context, GeneratorBatch, component
+from scl_defense.types import Context, Field, GeneratorBatch, component
 
 
 @component
 class UniformNoise:
-    """A uniform point of the ball around view 0. A method that does not beat it has learnt nothing from its attack."""
+    """A uniform point of the ball around each view: a method that does not beat it has learnt nothing."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    views: Annotated[int, Field(ge=1, le=8, description="adversarial views, around views 0, 1, 0, 1, ...")] = 1
+
     def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
-        return context.threat.random_start(batch.views[0], context.rng)[None]
+        centres = [batch.views[place % len(batch.views)] for place in range(self.views)]
+        return torch.stack([context.threat.random_start(centre, context.rng) for centre in centres])
