@@ -169,7 +169,8 @@ class Trainer(Protocol):
     views: how many augmented views a batch holds. head: ``joint`` (a classifier is trained along) or ``probe`` (the
     core fits a linear classifier on the frozen encoder). Optional ``ignores_adversarial = True``: the loss leaves the
     adversarial views out on purpose. torch's global generator is seeded from (seed, epoch, step) before every step,
-    for dropout; a trainer draws from nothing else.
+    for dropout; a trainer draws from nothing else. Optional ``usual = (NAME, options)``: the generator that belongs to
+    the method when the user names none. Optional ``frozen_encoder = True``: only the classifier is trained.
     """
 
     views: int
@@ -190,6 +191,7 @@ class Attack(Protocol):
 
     norms: which norms it can attack in. minimal: True for attacks that look for the *smallest* perturbation (the
     threat's radius is then only the budget at which accuracy is counted). access: what it uses of the network.
+    Optional ``min_classes``: the fewest classes that it can work with (2 where it does not say).
     """
 
     norms: ClassVar[frozenset[str]]

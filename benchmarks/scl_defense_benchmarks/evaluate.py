@@ -94,7 +94,7 @@ def benchmark(
     if out is not None:
         check_writable(out)  # before hours of attacks, not after
     threat = _main_threat(norm, eps, subject.threat, name, opened.budgets)
-    plan = plan_attacks(attacks, host=host, threat=threat, budgets=opened.budgets)
+    plan = plan_attacks(attacks, host=host, threat=threat, budgets=opened.budgets, classes=len(opened.classes))
     split = opened.split("test", limit=n, device=subject.device)
     images = split.float_images()
     _check_fit(subject.network, images[:1], len(opened.classes), name)
@@ -177,6 +177,7 @@ def evaluate(
         attacks=rows,
         worst_cases=tuple(worst_case(threat, target, attempts) for threat in plan.threats()),
         flags=tuple(flags),
+        left_out=tuple(dataclasses.asdict(one) for one in plan.left_out),
         device=str(images.device),
     )
 

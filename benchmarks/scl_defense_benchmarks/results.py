@@ -105,6 +105,7 @@ class EvaluationResult:
     attacks: tuple[AttackRow, ...]
     worst_cases: tuple[WorstCase, ...]
     flags: tuple[Flag, ...]
+    left_out: tuple[Mapping[str, str], ...] = ()  # attacks of a tier that cannot work here: label, tier, reason
     data: Mapping[str, Any] | None = None
     checkpoint: Mapping[str, Any] | None = None
     plugins: tuple[Mapping[str, str], ...] = ()
@@ -197,6 +198,8 @@ def render(result: EvaluationResult) -> "Group":
                     style="dim",
                 )
             )
+    for one in result.left_out:
+        parts.append(Text(f"{one['label']} is left out of '{one['tier']}': {one['reason']}", style="dim"))
     for flag in result.flags:
         about = ", ".join([flag.severity, *flag.attacks])
         style = "bold red" if flag.severity == "error" else "yellow"

@@ -489,14 +489,13 @@ class _FAB(torchattacks.FAB):
             self.rows = self.left[predicted == self.labels[self.left]]  # it goes on with these alone
             return predicted
         rows = self.rows
-        x.copy_(finite_or(self.current[rows], x))
         predicted = super()._get_predicted_label(x)
         away = (x - self.images[rows]).flatten(1)
         distance = away.abs().amax(1) if self.norm == "Linf" else away.norm(dim=1)
         better = (predicted != self.labels[rows]) & (distance < self.distance[rows])
         self.distance[rows] = torch.where(better, distance, self.distance[rows])
         self.nearest[rows] = torch.where(better.view(-1, 1, 1, 1), x, self.nearest[rows])
-        self.current[rows] = x
+        self.current[rows] = finite_or(self.current[rows], x)
         return predicted
 
 

@@ -225,11 +225,13 @@ def check_linear_classifier(trials: Trials) -> None:
     applies_if(access != "control")
     network, images, labels = worlds.two_class_problem(8, DEPTH)
     weight = worlds.slopes(network)[1] - worlds.slopes(network)[0]
+    needed = getattr(trials.component, "min_classes", 2)
+    victim = worlds.IdleClasses(network, needed).eval() if needed > 2 else network
     factor, wanted = (1.5, 1.0) if access == "white-box" else (3.0, 0.5)
     for threat in trials.threats:
         radius = worlds.smallest_radius(threat.norm, weight, images, labels, DEPTH)
         budget = ThreatModel(threat.norm, f"{factor * radius:.6f}")
-        trial = trials.call(images.clone(), labels.clone(), budget, classifier=network)
+        trial = trials.call(images.clone(), labels.clone(), budget, classifier=victim)
         applies_if(isinstance(trial.output, Tensor) and trial.output.shape == images.shape)
         fooled = (worlds.margins(network, trial.flat, labels) > 0) & budget.contains(images, trial.flat)
         share = float(fooled.float().mean())
