@@ -16,8 +16,8 @@ from scl_defense.errors import UserError
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--attacks", default="fgsm,pgd,cw", show_default=True, metavar="LIST",
               help="Attacks with options (pgd:steps=40,art:cw,cw:eps=0.5; see: plugins list attacks), or a battery: "
-              "quick (noise, fgsm, pgd), standard (quick + cw, deepfool, apgd-ce, apgd-t, fab-t, square), full (standard + "
-              "cross-checks + autoattack).")  # fmt: skip
+              "quick (noise, fgsm, pgd), standard (quick + cw, deepfool, apgd-ce, apgd-t, fab-t, square), full "
+              "(standard + cross-checks + autoattack).")  # fmt: skip
 @click.option("--data", metavar="NAME|PATH", help="Data set; default: the one it was trained on.")
 @click.option(
     "-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set."

@@ -209,3 +209,14 @@ def test_every_ready_study_can_be_planned_in_every_size():
         for size in read_spec(path).sizes or (None,):
             cells = whole(path, size=size)
             assert len({cell.id for cell in cells}) == len(cells) > 1
+
+
+def test_a_battery_may_be_for_some_seeds_alone(tmp_path):
+    path = tmp_path / "s.toml"
+    text = 'seeds = [0, 3]\n[methods.a]\n[batteries.main]\nattacks = "fgsm"\n'
+    path.write_text(text + '[batteries.dear]\nattacks = "pgd"\nseeds = [3]\n')
+    found = {cell.seed: list(cell.recipe["batteries"]) for cell in grid(read_spec(path))}
+    assert found == {0: ["main"], 3: ["main", "dear"]}
+    path.write_text(text + "seeds = [0]\n")
+    with pytest.raises(UserError, match="'main' is the main one: it is for all seeds"):
+        read_spec(path)

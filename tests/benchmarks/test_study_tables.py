@@ -119,7 +119,7 @@ def test_beats_needs_both_intervals_and_holm(made):
     assert "So good earned the cost" in text
     assert "A positive helps: good **beats** bad: +40.5 points" in text
     # pgd says 10 points more than apgd for 3 methods, 12 for good: (10 + 12 + 10 + 10) / 4, the largest is good's.
-    assert "pgd reports +10.5 points more than apgd on average over methods, at most +12.0 (good)" in text
+    assert "pgd reports +10.5 points more than apgd on average over methods, at most +12.0 (good; battery" in text
 
 
 def test_the_same_mean_from_few_images_is_not_shown(made):

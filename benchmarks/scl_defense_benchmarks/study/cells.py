@@ -101,6 +101,7 @@ def _recipe(spec: Spec, method: Choice, config: TrainConfig) -> dict[str, Any]:
     recipe["batteries"] = {
         battery.name: {"attacks": battery.attacks, "n": battery.n or spec.n, "eps": battery.eps, "norm": battery.norm}
         for battery in spec.batteries
+        if battery.seeds is None or config.seed in battery.seeds
     }
     if spec.curve is not None:
         recipe["curve"] = {"attacks": spec.curve.attacks, "n": spec.curve.n or spec.n}

@@ -39,13 +39,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Battery:
-    """Attacks as ``benchmark`` takes them. n, eps, norm: ``None``: the study's n, the checkpoint's own ball."""
+    """Attacks as ``benchmark`` takes them. n, eps, norm: ``None``: the study's n, the checkpoint's own ball.
+
+    seeds: only cells of these seeds get it (``None``: all): an expensive battery that checks the first one.
+    """
 
     name: str
     attacks: str
     n: int | None = None
     eps: str | None = None
     norm: str | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -244,14 +248,17 @@ def _batteries(value: Any, what: str) -> tuple[Battery, ...]:
     for name, entry in _table(value, f"{what}: batteries").items():
         about = f"{what}: battery '{name}'"
         table = _table(entry, about)
-        _known(table, ("attacks", "n", "eps", "norm"), about, "key")
+        _known(table, ("attacks", "n", "eps", "norm", "seeds"), about, "key")
         if "attacks" not in table:
             raise UserError(f"{about} has no attacks; give attacks = 'fgsm,pgd'")
         if name in ("cell", "record", "embedding", "curve") or not set(name) <= set(_NAME + "-"):
             raise UserError(f"{about}: the name is taken or no file name; choose another")
         eps = None if table.get("eps") is None else str(table["eps"])
         attacks = _text(table["attacks"], f"{about}: attacks")
-        made.append(Battery(name, attacks, _count(table.get("n"), f"{about}: n"), eps, table.get("norm")))
+        seeds = None if table.get("seeds") is None else _seeds(table["seeds"], about)
+        if seeds is not None and not made:
+            raise UserError(f"{about} is the main one: it is for all seeds; leave its seeds out")
+        made.append(Battery(name, attacks, _count(table.get("n"), f"{about}: n"), eps, table.get("norm"), seeds))
     if not made:
         raise UserError(
             f"{what} has no battery; give at least one, like [batteries.standard] with attacks = 'fgsm,pgd'"

@@ -157,7 +157,14 @@ def _overstated(about: About, rows: Sequence[Row]) -> Iterator[str]:
     """Short attacks minus the AutoAttack part of their battery, on the same networks and images."""
     said = False
     for battery in about.spec.batteries:
-        lines = [line["batteries"][battery.name]["attacks"] for row in rows for line in row.lines.values()]
+        lines = [
+            line["batteries"][battery.name]["attacks"]
+            for row in rows
+            for line in row.lines.values()
+            if battery.name in line["batteries"]
+        ]
+        if not lines:
+            continue
         strong = [label for label in lines[0] if "apgd" in label or "autoattack" in label]
         weak = [label for label in lines[0] if ("pgd" in label or "fgsm" in label) and label not in strong]
         if not strong:
@@ -182,6 +189,8 @@ def _gap(row: Row, battery: str, weak: str, strong: Sequence[str]) -> float | No
     """Mean over seeds of the weak attack's robust accuracy minus the lowest of the strong ones'."""
     gaps = []
     for line in row.lines.values():
+        if battery not in line["batteries"]:
+            continue
         found = {label: entry["robust"] for label, entry in line["batteries"][battery]["attacks"].items()}
         if any(found.get(label) is None for label in (weak, *strong)):
             return None

@@ -247,6 +247,9 @@ def notes(about: About) -> list[str]:
     texts = [
         f"Accuracy in %, mean ± standard deviation over seeds. Worst case: per image over the battery '{battery.name}'."
     ]
+    for other in spec.batteries[1:]:
+        seeds = "" if other.seeds is None else f", seeds {', '.join(map(str, other.seeds))} alone"
+        texts.append(f"Battery '{other.name}': n = {other.n or spec.n or 'all'}{seeds}.")
     if spec.baseline is not None:
         texts.append(
             f"Difference: in worst-case accuracy to '{spec.baseline}', percentage points, with the 95 % interval over "
