@@ -85,6 +85,13 @@ class TrainConfig:
     patience: Annotated[
         int, Field(ge=0, description="stop after so many epochs without a better validation accuracy; 0: never")
     ] = 0
+    select: Annotated[
+        Literal["auto", "mean", "robust", "clean", "last"],
+        Field(
+            description="validation accuracy that chooses best.pt; auto: the mean of clean and robust, clean when there "
+            "are no adversarial views"
+        ),
+    ] = "auto"
     init: Annotated[str | None, Field(description="checkpoint whose encoder is the start; default: random")] = None
     augment: Annotated[Literal["none", "weak", "simclr"], Field(description="augmentation of the views")] = "weak"
     strength: Annotated[float, Field(ge=0, le=1, description="strength of the augmentation")] = 1.0

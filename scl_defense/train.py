@@ -316,7 +316,7 @@ class Run:
         )
 
     def finish_epoch(self, run_dir: Path) -> dict[str, Any]:
-        """Validate, keep the best checkpoint by robust accuracy (then clean), save the last one."""
+        """Validate, keep the best checkpoint (see :meth:`is_better`), save the last one."""
         progress, epoch = self.progress, self.progress.epoch
         started = time.perf_counter()
         kept = self.kept()
@@ -349,14 +349,20 @@ class Run:
         return self.network if self.average is None else self.average.network
 
     def is_better(self, clean: float, robust: float) -> bool:
-        """By robust validation accuracy, then clean (Rice et al. 2020).
+        """Whether this epoch's network is the one to keep, by validation accuracies (Rice et al. 2020).
 
-        A run without adversarial views goes by clean accuracy first: it is most robust while it is half trained and
-        not yet confident, and the plain baseline must not be represented by that.
+        ``auto`` is the mean of clean and robust: by robust accuracy alone, where a method brings little of it, a
+        network wins that is half trained and not yet confident. For the same reason a run without adversarial views
+        goes by clean accuracy: the plain baseline must not be represented by that.
         """
-        best, plain = self.progress.best, not self.progress.sums.get("adversarial_views")
-        order = (clean, robust) if plain else (robust, clean)
-        return not best or order > ((best["clean"], best["robust"]) if plain else (best["robust"], best["clean"]))
+        best, rule = self.progress.best, self.config.select
+        if rule == "auto":
+            rule = "mean" if self.progress.sums.get("adversarial_views") else "clean"
+
+        def rank(clean: float, robust: float) -> tuple[float, float]:
+            return {"mean": (clean + robust, robust), "robust": (robust, clean), "clean": (clean, robust)}[rule]
+
+        return not best or rule == "last" or rank(clean, robust) > rank(best["clean"], best["robust"])
 
     def plan(self) -> dict[str, Any]:
         """Two real steps (the first one warms up), timed on the second; nothing is kept or written."""

@@ -290,20 +290,29 @@ def test_the_schedule_rises_then_falls_along_a_cosine():
     assert learning_rate(TrainConfig(warmup=0.0), 0, 5) == 3e-3 and learning_rate(TrainConfig(warmup=1.0), 4, 5) < 3e-3
 
 
-HISTORY = [(0.3, 0.2), (0.7, 0.5), (0.95, 0.4), (0.9, 0.5), (0.95, 0.0)]  # clean, robust; the last one has collapsed
+# clean, robust: half trained, then better and better, then robustness collapses under a clean accuracy that stays
+HISTORY = [(0.3, 0.6), (0.7, 0.5), (0.95, 0.4), (0.9, 0.5), (0.96, 0.0)]
 
 
 @pytest.mark.parametrize(
-    ("views", "kept"), [(1.0, [(0.3, 0.2), (0.7, 0.5), (0.9, 0.5)]), (0.0, [(0.3, 0.2), (0.7, 0.5), (0.95, 0.4)])]
+    ("views", "rule", "kept"),
+    [
+        (1.0, "auto", [0, 1, 2, 3]),  # the mean, not the half-trained network
+        (1.0, "robust", [0]),
+        (0.0, "auto", [0, 1, 2, 4]),  # a plain run: the most accurate
+        (0.0, "mean", [0, 1, 2, 3]),
+        (1.0, "clean", [0, 1, 2, 4]),
+        (1.0, "last", [0, 1, 2, 3, 4]),
+    ],
 )
-def test_the_best_checkpoint_is_the_most_robust_or_of_a_plain_run_the_most_accurate(views, kept):
-    run = Run(TrainConfig(**TINY), default_host(), lambda event: None)
+def test_which_checkpoint_is_kept(views, rule, kept):
+    run = Run(TrainConfig(**TINY, select=rule), default_host(), lambda event: None)
     run.progress.sums = {"adversarial_views": views}
     chosen = []
-    for clean, robust in HISTORY:
+    for place, (clean, robust) in enumerate(HISTORY):
         if run.is_better(clean, robust):
             run.progress.best = {"clean": clean, "robust": robust}
-            chosen.append((clean, robust))
+            chosen.append(place)
     assert chosen == kept
 
 
