@@ -88,8 +88,8 @@ class TrainConfig:
     select: Annotated[
         Literal["auto", "mean", "robust", "clean", "last"],
         Field(
-            description="validation accuracy that chooses best.pt; auto: the mean of clean and robust, clean when there "
-            "are no adversarial views"
+            description="validation accuracy that chooses best.pt; auto: the mean of clean and robust, or clean when "
+            "there are no adversarial views"
         ),
     ] = "auto"
     init: Annotated[str | None, Field(description="checkpoint whose encoder is the start; default: random")] = None
