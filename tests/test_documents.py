@@ -104,7 +104,25 @@ def test_the_metadata_names_the_pythons_and_the_folders_are_no_packages():
     assert found == listed
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/plugins.md"])
+def test_the_study_page_shows_a_recipe_that_is_one(tmp_path):
+    from scl_defense_benchmarks.study.cells import check_components, grid
+    from scl_defense_benchmarks.study.spec import read_spec
+
+    page = (ROOT / "docs" / "study.md").read_text()
+    (recipe,) = blocks(page, "toml")
+    (tmp_path / "mine.toml").write_text(recipe)
+    for size, cells in ((None, 6), ("mnist", 6)):
+        spec = read_spec(tmp_path / "mine.toml", size=size)
+        found = grid(spec)
+        check_components(spec, found, default_host())
+        assert len(found) == cells and [battery.name for battery in spec.batteries] == ["standard", "autoattack"]
+    for line in blocks(page, "console")[0].strip().splitlines():
+        assert (ROOT / shlex.split(line)[3]).is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+)
 def test_relative_links_lead_somewhere(name):
     page = ROOT / name
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
