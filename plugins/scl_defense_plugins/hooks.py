@@ -20,6 +20,11 @@ def register_generators(register: Register) -> None:
         summary="label-free: maximise InfoNCE of the encoder in training (or its EMA twin)",
     )
     register("pgd", f"{at}.pgd:PGD", summary="PGD on the classifier in training: CE, KL or margin; one step is FGSM-RS")
+    register(
+        "ridge-pgd",
+        f"{at}.ridge_pgd:RidgePGD",
+        summary="model-free: PGD on ridge classifiers of random features, solved for and drawn anew at every step",
+    )
     register("uniform-noise", f"{at}.uniform_noise:UniformNoise", summary="control: uniform in the ball")
     register("corner-noise", f"{at}.corner_noise:CornerNoise", summary="control: a random extreme point of the ball")
     register("none", f"{at}.none:NoGenerator", summary="no adversarial views: train on clean images alone")

@@ -44,6 +44,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"steps": 3, "views": 3},
         {"steps": 2, "views": 2, "start": "zero"},
     ],
+    "generator ridge-pgd": [{"views": 2, "steps": 1, "depth": 1}],
     "trainer adv-supcon": [{"head": "probe"}, {"contrast": 0.0}, {"ce_adv": 0.0}],
     "trainer cross-entropy": [{"ce_clean": 1.0}],
     "trainer multiview": [

@@ -87,11 +87,14 @@ def _scattering_transform(size: tuple[int, ...], device: torch.device, octaves: 
     return ScatteringTorch2D(J=octaves, shape=size, L=orientations).to(device)
 
 
-def random_conv(calibration: Tensor, rng: torch.Generator, width: int = 8, depth: int = 2) -> Space:
+def random_conv(
+    calibration: Tensor, rng: torch.Generator, width: int = 8, depth: int = 2, places: int = POOLED
+) -> Space:
     """Early maps of a random CNN: ``depth`` times (3x3 convolution, batch normalisation, ReLU), then pooling.
 
     He-normal weights from ``rng``; the normalisation statistics of each layer are measured on ``calibration``, layer
-    by layer. Early maps, because deep random networks lose the image (their embeddings lie in a narrow cone).
+    by layer. Early maps, because deep random networks lose the image (their embeddings lie in a narrow cone). places:
+    the maps are averaged down to at most about so many places a side.
     """
     layers: list[tuple[Tensor, Tensor]] = []
     hidden = calibration
@@ -110,11 +113,11 @@ def random_conv(calibration: Tensor, rng: torch.Generator, width: int = 8, depth
         maps = images
         for weight, bias in layers:
             maps = F.relu(F.conv2d(maps, weight, bias, padding=1))
-        return _pooled(maps).flatten(1)
+        return _pooled(maps, places).flatten(1)
 
     return features
 
 
-def _pooled(maps: Tensor) -> Tensor:
-    factor = max(1, math.ceil(max(maps.shape[-2:]) / POOLED))
+def _pooled(maps: Tensor, places: int = POOLED) -> Tensor:
+    factor = max(1, math.ceil(max(maps.shape[-2:]) / places))
     return F.avg_pool2d(maps, factor, ceil_mode=True, count_include_pad=False) if factor > 1 else maps
