@@ -26,7 +26,8 @@ class RidgePGD:
     [``fewest``, ``most``]; a k-means partition c of S in pixel space (the made-up classes); a ridge lambda, log-uniform
     in [``ridge_low``, ``ridge_high``]. The classifier has the closed form of ridge regression::
 
-        f(x) = phi(x)^T Phi^T ( Phi Phi^T + (lambda * mean(diag(Phi Phi^T)) + 1e-6) I )^-1 (Y - mean(Y)),  Y = onehot(c(S))
+        f(x) = phi(x)^T Phi^T ( Phi Phi^T + (lambda m + 1e-6) I )^-1 (Y - mean(Y)),   Y = onehot(c(S)),
+        Phi = phi(S) / sqrt(D),   m = mean(diag(Phi Phi^T))
 
     and ``steps`` of PGD climb CE(10 f(x + delta), c(x)). The last iterate goes to the extreme point of the ball in its
     direction, x + eps * steepest(delta) (Linf: the sign). The solution is closed form, yet it is fitted to images:
