@@ -11,7 +11,7 @@ from scl_defense.errors import ComponentError, SclDefenseError, UserError
 from scl_defense.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from scl_defense_benchmarks.evaluate import benchmark
+    from scl_defense_benchmarks.benchmark import benchmark
     from scl_defense_benchmarks.study import study
 
     from scl_defense.checkpoint import load_classifier
@@ -30,7 +30,7 @@ except PackageNotFoundError:  # a bare source tree
 _LAZY = {
     "ThreatModel": "scl_defense.threat",
     "TrainConfig": "scl_defense.config",
-    "benchmark": "scl_defense_benchmarks.evaluate",
+    "benchmark": "scl_defense_benchmarks.benchmark",
     "finetune": "scl_defense.protocols",
     "generate_examples": "scl_defense.stored",
     "load_classifier": "scl_defense.checkpoint",

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from scl_defense_benchmarks import hooks
-from scl_defense_benchmarks.evaluate import benchmark
+from scl_defense_benchmarks.benchmark import benchmark
 from victim_networks import DigitsNet
 
 import scl_defense
