@@ -11,6 +11,7 @@ from scl_defense.errors import ComponentError, SclDefenseError, UserError
 from scl_defense.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from scl_defense_benchmarks.agreement import agreement
     from scl_defense_benchmarks.benchmark import benchmark
     from scl_defense_benchmarks.study import study
 
@@ -30,6 +31,7 @@ except PackageNotFoundError:  # a bare source tree
 _LAZY = {
     "ThreatModel": "scl_defense.threat",
     "TrainConfig": "scl_defense.config",
+    "agreement": "scl_defense_benchmarks.agreement",
     "benchmark": "scl_defense_benchmarks.benchmark",
     "finetune": "scl_defense.protocols",
     "generate_examples": "scl_defense.stored",
@@ -45,6 +47,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "__version__",
+    "agreement",
     "benchmark",
     "finetune",
     "generate_examples",

@@ -23,7 +23,7 @@ from scl_defense.config import make
 from scl_defense.errors import ComponentError, SclDefenseError, UserError, nearest
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runtime import derive_seed
-from scl_defense.types import ImageArrays
+from scl_defense.types import Dataset, ImageArrays
 
 MIN_STD = 1e-3  # a constant channel must not make the first layer divide by nothing
 
@@ -148,20 +148,26 @@ def open_data(
     root: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     host: PluginHost | None = None,
+    component: Dataset | None = None,
 ) -> Data:
     """Open a data set: a registered name, else an existing path, else a path below ``root``.
 
     A folder with ``train.npz`` or ``test.npz``, or one ``.npz`` file, is read by the component ``npz``; any other
     folder by ``image-folder``. root: where data sets lie and are downloaded to (default: the environment variable
-    ``SCL_DEFENSE_DATA_ROOT``, else ``~/.cache/scl-defense``). options: of the component. Raises :class:`UserError`.
+    ``SCL_DEFENSE_DATA_ROOT``, else ``~/.cache/scl-defense``). options: of the component. component: a data set that
+    has no registered name; ``name`` is then only what it is called. Where there is a test split alone, shape, classes,
+    mean and std are those of the test split, and asking for the others says what is missing. Raises :class:`UserError`.
     """
     host = default_host() if host is None else host
     folder = data_folder(root)
-    component_name, found = _resolve(name, folder, host)
-    clash = found.keys() & (options or {}).keys()
-    if clash:
-        raise UserError(f"data set '{name}' is a path already; leave its option '{min(clash)}' out")
-    component = make(host, "dataset", component_name, {**found, **(options or {})})
+    if component is None:
+        component_name, found = _resolve(name, folder, host)
+        clash = found.keys() & (options or {}).keys()
+        if clash:
+            raise UserError(f"data set '{name}' is a path already; leave its option '{min(clash)}' out")
+        component = make(host, "dataset", component_name, {**found, **(options or {})})
+    else:
+        component_name = name
 
     def load(split: str) -> _Arrays:
         try:
@@ -173,21 +179,23 @@ def open_data(
                 f"data set '{name}' failed to load its {split} split: {type(error).__name__}: {_short(error)}"
             ) from error
 
-    train = load("train")
-    if len(train.labels.unique()) < 2:
+    present = component.splits(folder) if hasattr(component, "splits") else ("train", "test")
+    first = "test" if "test" in present and "train" not in present else "train"
+    arrays = load(first)
+    if first == "train" and len(arrays.labels.unique()) < 2:
         raise UserError(f"data set '{name}': all training images have the same label; at least 2 classes are needed")
-    mean, std = _statistics(train)
+    mean, std = _statistics(arrays)
     return Data(
         name=name,
-        classes=train.classes,
-        image_shape=train.shape,
+        classes=arrays.classes,
+        image_shape=arrays.shape,
         mean=mean,
         std=std,
         flip=bool(component.flip),
         budgets={str(norm): str(eps) for norm, eps in component.budgets.items()},
         provenance={"component": component_name, "options": _plain(component)},
         _load=load,
-        _cache={"train": train},
+        _cache={first: arrays},
     )
 
 
@@ -296,17 +304,17 @@ def _hint_on_range(images: np.ndarray) -> str:
     return f" ({low:.3g} to {high:.3g}); use images.round().astype('uint8') if they are 0..255"
 
 
-def _statistics(train: _Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(arrays: _Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel: the component's own, else measured, exactly, from the histogram of pixel values."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
-    for channel in train.images.unbind(1):
+    for channel in arrays.images.unbind(1):
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         centre = (share * levels).sum()
         means.append(centre.item())
         stds.append((share * (levels - centre).square()).sum().sqrt().item())
-    mean = means if train.mean is None else train.mean
-    std = stds if train.std is None else train.std
+    mean = means if arrays.mean is None else arrays.mean
+    std = stds if arrays.std is None else arrays.std
     return tuple(map(float, mean)), tuple(max(float(value), MIN_STD) for value in std)
 
 
@@ -320,6 +328,8 @@ def _validation_part(labels: Tensor, fraction: float) -> np.ndarray:
 
 
 def _plain(component: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(component):  # a data set of the user's own, handed over as an object
+        return {}
     return json.loads(json.dumps(dataclasses.asdict(component), default=str))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scl_defense.errors import UserError
 
-NORMS = ("linf", "l2", "l1")
+NORMS = ("linf", "l2", "l1")  # those that have a direction of steepest ascent: what one can train in
+ALL_NORMS = (*NORMS, "l0")  # those that can be attacked and judged in
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:/\d+(?:\.\d+)?)?", re.ASCII)
 # Share of coordinates that one steepest L1 step moves (SLIDE, Tramer & Boneh 2019: the top 1 % of the gradient).
 L1_SHARE = 0.01
@@ -37,8 +38,9 @@ def parse_eps(text: str | float | int) -> Fraction:
 class ThreatModel:
     """A norm ball of radius ``eps`` around each image, within the box [0, 1].
 
-    ``norm`` is one of ``linf``, ``l2``, ``l1``; ``eps`` is kept as written (``"8/255"``) and compared as a number.
-    Raises :class:`UserError` for an unknown norm, a negative eps, or an Linf eps above 1 (the whole box).
+    ``norm`` is one of ``linf``, ``l2``, ``l1``, ``l0``; ``eps`` is kept as written (``"8/255"``) and compared as a
+    number. Under L0 it counts pixels: a pixel with one changed channel is a changed pixel. Raises :class:`UserError`
+    for an unknown norm, a negative eps, an Linf eps above 1 (the whole box), or a broken number of pixels.
     """
 
     norm: str
@@ -54,12 +56,14 @@ class ThreatModel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "norm", str(self.norm).lower())
         object.__setattr__(self, "eps", str(self.eps).strip())
-        if self.norm not in NORMS:
-            raise UserError(f"norm '{self.norm}' is unknown; it must be one of {', '.join(NORMS)}")
+        if self.norm not in ALL_NORMS:
+            raise UserError(f"norm '{self.norm}' is unknown; it must be one of {', '.join(ALL_NORMS)}")
         if parse_eps(self.eps) > 1 and self.norm == "linf":
             raise UserError(
                 f"eps {self.eps} is larger than the whole range: images lie in [0, 1]; write 8/255 instead of 8"
             )
+        if self.norm == "l0" and parse_eps(self.eps).denominator != 1:
+            raise UserError(f"eps {self.eps} is no number of pixels, which l0 counts; write a whole number like 10")
 
     @classmethod
     def parse(cls, text: str) -> "ThreatModel":
@@ -79,7 +83,15 @@ class ThreatModel:
     # -- measuring
 
     def distance(self, images: Tensor, adversarial: Tensor) -> Tensor:
-        """The norm of ``adversarial - images`` per image, (N,), computed in float64 where the device has it."""
+        """The norm of ``adversarial - images`` per image, (N,), computed in float64 where the device has it.
+
+        L0: how many pixels differ at all; not a number differs.
+        """
+        if self.norm == "l0":
+            changed = (
+                (adversarial != images).any(1) if images.shape[1] else adversarial.new_zeros(len(images), 1).bool()
+            )
+            return _wide(changed.flatten(1).sum(1))
         delta = _wide(adversarial - images).flatten(1)
         if self.norm == "linf":
             return delta.abs().amax(1) if delta.shape[1] else delta.sum(1)
@@ -87,6 +99,8 @@ class ThreatModel:
 
     def tolerance(self) -> float:
         """Largest norm still counted as inside: float32 rounding of sums over many pixels is no violation."""
+        if self.norm == "l0":
+            return self.radius
         return self.radius * (1 + (1e-6 if self.norm == "linf" else 1e-5)) + 1e-6
 
     def contains(self, images: Tensor, adversarial: Tensor) -> Tensor:
@@ -98,12 +112,15 @@ class ThreatModel:
     # -- moving
 
     def project(self, images: Tensor, adversarial: Tensor) -> Tensor:
-        """The nearest point (Euclidean) to ``adversarial`` inside ball and box; exact for all three norms.
+        """The nearest point (Euclidean) to ``adversarial`` inside ball and box; exact for all norms.
 
         ``images`` must lie in the box. Linf: clamping. L2 and L1: the dual variable is found by sorting the
-        breakpoints of a piecewise quadratic or linear function (L1 with box: Croce & Hein 2021, Prop. 2.1).
+        breakpoints of a piecewise quadratic or linear function (L1 with box: Croce & Hein 2021, Prop. 2.1). L0: the
+        pixels whose change brings most nearer, counted in squares within the box (Croce & Hein 2019, eq. 4).
         """
         radius = self.radius
+        if self.norm == "l0":
+            return _keep_pixels(images, adversarial, radius)
         if self.norm == "linf":
             delta = (adversarial - images).clamp(-radius, radius)
             return (images + delta).clamp(0, 1)
@@ -119,8 +136,10 @@ class ThreatModel:
         return projected.view_as(images).clamp(0, 1)
 
     def random_start(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """A uniform point of the ball around each image, then projected into the box."""
+        """A uniform point of the ball around each image, then projected into the box. L0: uniform pixels anew."""
         radius, (count, size) = self.radius, images.flatten(1).shape
+        if self.norm == "l0":
+            return self._repainted(images, _uniform(images.shape, images, rng), rng)
         if self.norm == "linf":
             delta = _uniform(images.shape, images, rng) * (2 * radius) - radius
             return self.project(images, images + delta)
@@ -139,8 +158,10 @@ class ThreatModel:
         """A random extreme point of ball and box.
 
         Linf: +-eps in every coordinate. L2: a random direction at full length. L1: coordinates in random order, each
-        moved to a wall of the box until eps is spent.
+        moved to a wall of the box until eps is spent. L0: eps random pixels, each channel at a wall.
         """
+        if self.norm == "l0":
+            return self._repainted(images, (_uniform(images.shape, images, rng) < 0.5).to(images.dtype), rng)
         if self.norm == "linf":
             return self.project(images, images + self.radius * (_uniform(images.shape, images, rng) * 2 - 1).sign())
         if self.norm == "l2":
@@ -156,8 +177,14 @@ class ThreatModel:
         moved = torch.minimum(moved, room.abs()) * room.sign()
         return self.project(images, images + moved.view_as(images))
 
+    def _repainted(self, images: Tensor, paint: Tensor, rng: torch.Generator) -> Tensor:
+        """``images`` with ``eps`` random pixels (all channels) taken from ``paint``."""
+        flat = images.flatten(2)
+        order = _uniform((len(images), flat.shape[2]), images, rng).argsort(1).argsort(1)
+        return torch.where((order < self.radius)[:, None], paint.flatten(2), flat).view_as(images)
+
     def random_direction(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """A random direction of norm 1 for each image."""
+        """A random direction of norm 1 for each image; not for L0, which has none."""
         noise = _normal(images.shape, images, rng)
         if self.norm == "linf":
             return noise.sign()
@@ -169,8 +196,10 @@ class ThreatModel:
 
         Linf: the sign. L2: the normalised gradient. L1: the largest coordinates *that the box still lets move*,
         equally weighted (a saturated coordinate chosen again and again is why boxed L1-PGD stalls elsewhere).
-        A zero gradient gives the zero direction.
+        A zero gradient gives the zero direction. L0 has no such direction and raises :class:`UserError`.
         """
+        if self.norm == "l0":
+            raise UserError("l0 has no direction of steepest ascent; train in linf, l2 or l1")
         if self.norm == "linf":
             return gradient.sign()
         flat = gradient.flatten(1)
@@ -186,6 +215,15 @@ class ThreatModel:
         chosen = torch.zeros_like(size).scatter_(1, top.indices, (top.values > 0).to(size.dtype))
         chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
         return (flat.sign() * chosen).view_as(gradient)
+
+
+def _keep_pixels(images: Tensor, adversarial: Tensor, count: float) -> Tensor:
+    """``images`` with the at most ``count`` pixels of ``adversarial`` (in the box) that bring most nearer to it."""
+    boxed = adversarial.clamp(0, 1)
+    gain = ((_wide(adversarial) - images).square() - (_wide(adversarial) - boxed).square()).sum(1).flatten(1)
+    rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept = (rank < count).view(len(images), 1, *images.shape[2:])
+    return torch.where(kept, boxed, images)
 
 
 def _wide(values: Tensor) -> Tensor:

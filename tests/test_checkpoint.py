@@ -124,7 +124,7 @@ def bad_files(folder, good):
         "flipped": (bytes(flipped), "damaged"),
         "html": (b"<!DOCTYPE html><html>404</html>", "HTML page"),
         "text": (b"hello", "no zip file"),
-        "pickle": (pickle.dumps(Evil(folder / "ran"), protocol=2), "before 1.6"),
+        "pickle": (pickle.dumps(Evil(folder / "ran"), protocol=2), "would run code when loaded"),
         "evil": ((folder / "evil.pt").read_bytes(), "would run code when loaded"),
         "foreign": ((folder / "foreign.pt").read_bytes(), "bare weights .* name their network with --model"),
         "other": ((folder / "dict.pt").read_bytes(), "not written by scl-defense"),

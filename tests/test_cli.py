@@ -267,6 +267,7 @@ def test_a_benchmark_destroys_nothing_and_says_so_before_it_attacks(capsys, tmp_
     assert len(list((tmp_path / "a").glob("best-benchmark-*.json"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, signum, code):
     arguments = [
@@ -311,3 +312,29 @@ def test_two_processes_do_not_share_a_run(tmp_path):
     with locked(tmp_path):
         assert (tmp_path / ".holder").exists()
     assert not (tmp_path / ".holder").exists()
+
+
+def test_what_a_pipeline_demands_of_a_benchmark(capsys, tmp_path):
+    assert run(["train", *TINY, "--generator", "none", "--out", str(tmp_path), "--name", "a"]) == 0
+    capsys.readouterr()
+    best = str(tmp_path / "a" / "best.pt")
+    base = ["benchmark", best, "--attacks", "native:pgd:steps=2:restarts=2", "--n", "20", "--probes", "none", "--quiet"]
+    for value, message in (
+        (["--time-limit", "soon"], "must be a time above 0"),
+        (["--eps", "0.1,much"], "much"),
+        (["--per-image", "x.txt"], "must end in .csv"),
+    ):
+        code, line = error_of(capsys, *base, *value)
+        assert code == 2 and message in line
+    table = tmp_path / "images.csv"
+    curve = [*base, "--eps", "0,0.9", "--mode", "cascade", "--time-limit", "10m", "--per-image", str(table), "--json"]
+    assert run([*curve, "--fail-under", "0.9"]) == 1  # the largest radius is the main one
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "is below --fail-under 0.9" in captured.err and found["mode"] == "cascade" and found["eps"] == "0.9"
+    assert [case["eps"] for case in found["worst_cases"]] == ["0.9", "0"] and found["attacks"][0]["restarts"] == 2
+    assert len(table.read_text().splitlines()) == 1 + 2 * 20
+    grave = {flag["id"] for flag in found["flags"] if flag["severity"] == "error"}
+    assert run([*curve, "--fail-under", "0", "--strict"]) == (1 if grave else 0)
+    assert not list((tmp_path / "a").glob("best-benchmark-*.state*"))
+    assert not list((tmp_path / "a").glob("best-benchmark-*.lock"))

@@ -112,7 +112,23 @@ def broken(kind, folder):
 )
 def test_a_faulty_npz_is_refused_in_one_line(kind, words, tmp_path):
     with one_line_error(r"train\.npz", *words):
-        open_data(str(broken(kind, tmp_path / "set")))
+        open_data(str(broken(kind, tmp_path / "set"))).split("train")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_test_split_alone_can_be_opened_but_not_trained_on(tmp_path, named):
+    folder = save_folder(tmp_path / "set")
+    (folder / "train.npz").unlink()
+    extra = {"classes": np.array(["a", "b", "c", "d"])} if named else {}
+    np.savez(folder / "test.npz", images=IMAGES, labels=LABELS, **extra)
+    np.savez(tmp_path / "one.npz", test_images=IMAGES, test_labels=LABELS, **extra)
+    for path in (folder, tmp_path / "one.npz"):
+        data = open_data(str(path))
+        assert data.classes == (("a", "b", "c", "d") if named else ("0", "1", "2"))  # without names: up to the largest
+        assert data.split("test").labels.tolist() == LABELS.tolist()
+        assert data.mean == pytest.approx(IMAGES.mean((0, 1, 2)) / 255)
+        with one_line_error("train"):
+            data.split("train")
 
 
 def test_npz_needs_its_path():
@@ -151,6 +167,14 @@ def test_image_folder_with_train_and_test_keeps_the_pixels(tmp_path):
         assert arrays.classes == ("ant", "zebra") and arrays.labels.tolist() == [0] * 10 + [1] * 10
         expected = [made[tmp_path / split / name / f"{k:02d}.png"] for name in ("ant", "zebra") for k in range(10)]
         assert np.array_equal(arrays.images, np.stack(expected))
+
+
+def test_an_image_folder_with_test_alone_can_be_opened_but_not_trained_on(tmp_path):
+    make_folder(tmp_path, splits=("test",))
+    data = open_data(str(tmp_path))
+    assert data.classes == ("ant", "zebra") and len(data.split("test")) == 20
+    with one_line_error("has test/ but no train/"):
+        data.split("train")
 
 
 def test_image_folder_without_a_test_split_cuts_a_fixed_fifth_of_every_class(tmp_path):

@@ -24,7 +24,7 @@ from scl_defense_plugins.datasets.torchvision_sets import CIFAR10, CIFAR100, MNI
 from scl_defense.data import open_data
 from scl_defense.errors import UserError
 from scl_defense.plugins import PluginHost
-from scl_defense.threat import NORMS, ThreatModel
+from scl_defense.threat import ALL_NORMS, ThreatModel
 
 PINNED_DIGITS_TEST = "8a5f3aefa99f030b074fd472a9b5314e4802d4e308f2c78839fe9d9d5e289e2f"
 OURS = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "image-folder"}
@@ -56,7 +56,7 @@ def test_all_data_sets_are_registered_and_state_their_budgets():
     assert set(entries) == OURS
     for entry in entries.values():
         cls = entry.load()
-        assert set(cls.budgets) == set(NORMS)
+        assert set(cls.budgets) == set(ALL_NORMS)
         for norm, eps in cls.budgets.items():
             assert 0 < ThreatModel(norm, eps).radius < 100
     # Digits have a reading direction: a mirrored 2 is no 2.

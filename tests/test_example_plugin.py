@@ -90,6 +90,7 @@ def test_listing_it_imports_nothing_heavy(installed):
     assert done.stdout.split() == ["True", "False", "False"]
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass():
     """The tests that its author would run, in a process of their own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLE), str(ROOT)])}

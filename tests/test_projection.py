@@ -159,3 +159,37 @@ def test_rounding_of_flat_images_stays_inside(norm, eps, size, value):
     projected = threat.project(images, far)
     assert threat.contains(images, projected).all()
     assert threat.distance(images, projected).item() > 0.97 * threat.radius
+
+
+# -- L0: a number of pixels
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_l0_keeps_the_pixels_that_bring_most_nearer(seed, count):
+    """Against all subsets of a small image: no other choice of pixels ends nearer to the target."""
+    from itertools import combinations
+
+    images, far = rand(1, 2, 2, 3, seed=seed), 3 * rand(1, 2, 2, 3, seed=seed + 50) - 1
+    threat = ThreatModel("l0", str(count))
+    made = threat.project(images, far)
+    assert threat.contains(images, made).all()
+
+    def error(point):
+        return float((point - far).square().sum())
+
+    errors = []
+    for chosen in combinations(range(6), min(count, 6)):
+        point = images.clone().flatten(2)
+        point[:, :, list(chosen)] = far.clamp(0, 1).flatten(2)[:, :, list(chosen)]
+        errors.append(error(point.view_as(images)))
+    assert error(made) == pytest.approx(min(errors), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_l0_points_inside_stay_and_random_ones_use_the_whole_budget(shape):
+    images, threat = rand(*shape), ThreatModel("l0", "4")
+    for made in (threat.random_start(images, rng(9)), threat.random_corner(images, rng(9))):
+        assert (threat.distance(images, made) == 4).all()
+        assert torch.equal(threat.project(images, made), made)
+    assert torch.equal(ThreatModel("l0", "0").random_start(images, rng()), images)

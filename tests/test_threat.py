@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from scl_defense.errors import UserError
-from scl_defense.threat import NORMS, ThreatModel, parse_eps
+from scl_defense.threat import ALL_NORMS, NORMS, ThreatModel, parse_eps
 
 SHAPES = [(1, 1, 8, 8), (3, 3, 5, 7), (2, 4, 6, 3), (0, 3, 4, 4)]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
@@ -309,3 +309,30 @@ def test_an_empty_batch_passes_through_everything(norm):
     ):
         assert made.shape == nothing.shape
     assert threat.distance(nothing, nothing).shape == threat.contains(nothing, nothing).shape == (0,)
+
+
+# -- L0: a number of pixels
+
+
+def test_l0_counts_pixels_and_not_channels():
+    images = torch.full((3, 3, 2, 2), 0.5)
+    moved = images.clone()
+    moved[1, :, 0, 0] = 1.0  # all channels of one pixel
+    moved[2, 0, 0, 0], moved[2, 1, 1, 1] = 0.6, 0.5 + 1e-6  # one channel each of two
+    threat = ThreatModel("l0", "1")
+    assert threat.distance(images, moved).tolist() == [0, 1, 2]
+    assert threat.contains(images, moved).tolist() == [True, True, False]
+    assert threat.tolerance() == 1
+
+
+@pytest.mark.parametrize("eps", ["8/255", "0.5", "1.5"])
+def test_l0_needs_a_whole_number(eps):
+    with pytest.raises(UserError, match="no number of pixels, which l0 counts; write a whole number"):
+        ThreatModel("l0", eps)
+    assert ThreatModel("l0", "10") == ThreatModel("l0", "20/2")
+
+
+def test_l0_is_judged_and_attacked_in_but_has_no_ascent():
+    assert set(ALL_NORMS) == {*NORMS, "l0"}
+    with pytest.raises(UserError, match="l0 has no direction of steepest ascent"):
+        ThreatModel("l0", "1").steepest(rand(1, 1, 2, 2), rand(1, 1, 2, 2))

@@ -1,10 +1,10 @@
-"""One attack of a battery: run on batches under guard, judged, and summed up as a row; and all of them together."""
+"""One attack of a battery: run on chunks under guard, judged, and summed up as a row; and all of them together."""
 
 import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,20 @@ from scl_defense.runtime import derive_seed, stream
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks import diagnostics, results
 from scl_defense_benchmarks.battery import PlannedAttack
+from scl_defense_benchmarks.draws import RowsOf
+from scl_defense_benchmarks.examples import ExampleFile
+from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
 from scl_defense_benchmarks.results import AttackRow, WorstCase
+from scl_defense_benchmarks.state import State
 from scl_defense_benchmarks.statistics import wilson
-from scl_defense_benchmarks.verdicts import Verdict, check_returned, judge
+from scl_defense_benchmarks.verdicts import check_returned, judge
 
-#: Called after every batch with the attack's label, images done, images in all.
+#: Called before an attack and after every chunk with the attack's label, images done, images in all.
 Progress = Callable[[str, int, int], None]
+
+# What is seeded together and kept together: so many rightly classified images, in their order. No option changes it.
+CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -35,127 +42,385 @@ class Target:
     correct: Tensor
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """An attack's row and what the worst case needs of it.
+@dataclass
+class Budget:
+    """What is left to spend. batch_size: images at a time, halved when memory runs out; deadline: monotonic seconds."""
 
-    judged: (M,) places of the images for which there is a verdict (all that were right, unless it failed half-way).
-    """
+    batch_size: int
+    deadline: float | None = None
+    halved: bool = False
 
-    row: AttackRow
-    threat: ThreatModel
-    judged: Tensor
-    verdict: Verdict | None
-    wrote_input: bool
+    def left(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+
+# Per image and attack: everything that rows, worst cases and the per-image file are made of. Lists in a record.
+_FLAGS = ("tried", "fooled", "moved", "guided", "outside_box", "outside_ball", "nonfinite", "rounded")
 
 
 @dataclass
-class _Run:
-    """What came back from an attack's batches, and what they cost."""
+class Tally:
+    """What is known of an attack, image by image, (N,) on the CPU.
 
-    returned: list[Tensor] = dataclasses.field(default_factory=list)
-    fault: str = ""
+    tried: there is a verdict. rounded: fools as an 8-bit image too. inside: (T, N) an example of it lies in the ball of
+    that number and fools. predicted: the label of the example, -1 unless it fools. forwards, backwards: of the image's
+    chunk, shared equally. skipped: (N,) not attacked, because broken before.
+    """
+
+    tried: Tensor
+    fooled: Tensor
+    moved: Tensor
+    guided: Tensor
+    outside_box: Tensor
+    outside_ball: Tensor
+    nonfinite: Tensor
+    rounded: Tensor
+    inside: Tensor
+    distance: Tensor
+    predicted: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    skipped: Tensor
+    traceable: bool = True
     wrote_input: bool = False
+    changed_weights: bool = False
+    fault: str = ""
+    unfinished: str = ""
     seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, n: int, balls: int) -> "Tally":
+        flags = {name: torch.zeros(n, dtype=torch.bool) for name in (*_FLAGS, "skipped")}
+        numbers = {name: torch.zeros(n, dtype=torch.float64) for name in ("distance", "forwards", "backwards")}
+        return cls(
+            **flags,
+            **numbers,
+            inside=torch.zeros(balls, n, dtype=torch.bool),
+            predicted=torch.full((n,), -1),
+        )
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take in one chunk's record (see :func:`_record`)."""
+        places = torch.tensor(record["places"], dtype=torch.int64)
+        for name in _FLAGS:
+            getattr(self, name)[places] = _bits(record[name])
+        for ball, text in enumerate(record["inside"]):
+            self.inside[ball, places] = _bits(text)
+        self.distance[places] = torch.tensor(record["distance"], dtype=torch.float64)
+        self.predicted[places] = torch.tensor(record["predicted"], dtype=torch.int64)
+        self.forwards[places] = record["forwards"] / max(len(places), 1)
+        self.backwards[places] = record["backwards"] / max(len(places), 1)
+        self.traceable &= record["traceable"]
+        self.wrote_input |= record["wrote_input"]
+        self.changed_weights |= record["changed_weights"]
+        self.fault = self.fault or record["fault"]
+        self.seconds += record["seconds"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An attack's row and, image by image, what it is made of. number: its place in the battery."""
+
+    row: AttackRow
+    planned: PlannedAttack
+    number: int
+    tally: Tally
+    moved: Tensor
+
+
+@dataclass
+class _Passes:
+    """What an attack's calls cost, and which images of the call in progress ever had a usable gradient."""
+
     forwards: int = 0
     backwards: int = 0
-    guided: list[Tensor] = dataclasses.field(default_factory=list)  # (N,) bool a batch: a usable gradient was seen
     witness: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    traceable: bool = True  # every backward pass so far had as many rows as the batch
+    traceable: bool = True  # every backward pass so far had as many rows as the call
 
 
 def attempt(
-    target: Target, planned: PlannedAttack, *, seed: int, batch_size: int, progress: Progress | None = None
+    target: Target,
+    planned: PlannedAttack,
+    *,
+    number: int = 0,
+    balls: Sequence[ThreatModel] = (),
+    seed: int,
+    budget: Budget,
+    state: State | None = None,
+    spared: Tensor | None = None,
+    smaller: Sequence["Attempt"] = (),
+    examples: ExampleFile | None = None,
+    progress: Progress | None = None,
 ) -> Attempt:
-    """Run one attack on every rightly classified image and judge what it returns. Never raises for its faults.
+    """Run one attack on the rightly classified images and judge what it returns. Never raises for its faults.
 
-    ``target.network`` must be in eval mode, and gradients switched off outside. Every batch has its own seed, derived
-    from ``seed`` and the batch's number: all attacks of a battery start alike.
+    ``target.network`` must be in eval mode, and gradients switched off outside. number: the attack's place in the
+    battery. Every chunk has its own seed, derived from ``seed`` and the chunk's and the restart's number: all attacks
+    of a battery start alike, whatever ``budget.batch_size`` is. state: chunks found there are not attacked again.
+    spared: (N,) bool: images not attacked, because an earlier attack of the cascade has broken them. smaller: the same
+    attack's attempts in smaller balls, the smallest first: what they broke is broken here and not attacked again.
+    balls: those of the worst cases, this attack's among them.
     """
-    places = target.correct.nonzero().squeeze(1)
-    run = _run(target, places, planned, seed, batch_size, progress)
-    verdict, judged = None, places[: sum(map(len, run.returned))]
-    if len(judged):
-        verdict = judge(
-            target.network,
-            target.images[judged],
-            target.labels[judged],
-            torch.cat(run.returned),
-            planned.threat,
-            minimal=bool(planned.attack.minimal),
-        )
-        if planned.attack.access == "white-box" and run.traceable and planned.threat.radius > 0:
-            # A random start moves an image, but without a gradient nobody has looked for its weakness.
-            tried = verdict.moved & (torch.cat(run.guided) | verdict.fooled)
-            verdict = dataclasses.replace(verdict, moved=tried)
-    row = _row(planned, target.correct, judged, verdict, run)
-    return Attempt(row, planned.threat, judged, verdict, run.wrote_input)
-
-
-def _run(
-    target: Target, places: Tensor, planned: PlannedAttack, seed: int, batch_size: int, progress: Progress | None
-) -> _Run:
-    images, labels = target.images, target.labels
-    run, done = _Run(), 0
-    # The judged network is never in an attack's hands: hooks, modules and weights that it leaves behind are its own.
-    network = copy.deepcopy(target.network)
-    with _watch_passes(network, run):
-        for number, batch in enumerate(places.split(batch_size) if len(places) else ()):
-            given, given_labels = images[batch], labels[batch]  # indexing copies: the attack may not reach ours
-            run.witness = torch.zeros(len(batch), dtype=torch.bool, device=images.device)
-            rng = stream(seed, "attack", number)  # the same for every attack: what differs is the attack alone
-            started = time.perf_counter()
-            try:
-                global_seed = derive_seed(seed, "globals of attack", number)
-                with frozen(network), seeded_globals(global_seed), torch.enable_grad():
-                    returned = planned.attack(network, given, given_labels, planned.threat, rng)
-                returned = check_returned(returned, images[batch])
-                returned.sum().item()  # waits for the device, so that the time is the attack's
-            except Exception as error:  # the battery goes on: a failed attack is a row
-                run.fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")
+    balls, state = tuple(balls) or (planned.threat,), state or State(None, {})
+    n = len(target.correct)
+    tally, correct = Tally.empty(n, len(balls)), target.correct.cpu()
+    kept = examples is not None and examples.has(number)
+    carried = torch.zeros(n, dtype=torch.bool)
+    for one in smaller:
+        new = one.tally.inside[balls.index(planned.threat)] & correct & ~carried
+        tally.distance[new], tally.predicted[new] = one.tally.distance[new], one.tally.predicted[new]
+        carried |= new
+        if examples is not None:
+            examples.copy(one.number, number, new.nonzero().squeeze(1))
+    tally.skipped = carried if spared is None else (carried | spared) & correct
+    chunks = correct.nonzero().squeeze(1).split(CHUNK)
+    wanted = [chunk[~tally.skipped[chunk]] for chunk in chunks]
+    total, done, spent, fresh, missing = sum(map(len, wanted)), 0, 0.0, 0, []
+    for chunk, places in enumerate(wanted):
+        record = state.get(number, chunk)
+        usable = record is not None and record["places"] == places.tolist()
+        if usable and (examples is None or (kept and record["saved"])):
+            tally.add(record)
+            done += len(places)
+        elif len(places):
+            missing.append((chunk, places))
+    if progress is not None:
+        progress(planned.label, done, total)
+    with _lent(target.network) as (network, passes):
+        for chunk, places in missing:
+            if tally.fault:
                 break
-            finally:
-                run.seconds += time.perf_counter() - started
-            run.wrote_input |= not (torch.equal(given, images[batch]) and torch.equal(given_labels, labels[batch]))
-            run.returned.append(returned)
-            run.guided.append(run.witness)
-            done += len(batch)
+            # A chunk is never cut short: one that would not fit any more is not begun, nor the attack's rest.
+            if budget.left() <= 0 or (fresh and spent / fresh * (total - done) > budget.left()):
+                tally.unfinished = f"time limit: {done} of {total} images were attacked"
+                break
+            started = time.monotonic()
+            record = _attack_chunk(
+                target, planned, network(), passes, places, chunk, number, balls, seed, budget, examples
+            )
+            spent, fresh = spent + time.monotonic() - started, fresh + len(places)
+            state.put(number, chunk, record)
+            tally.add(record)
+            done += len(places)
             if progress is not None:
-                progress(planned.label, done, len(places))
-    if not _same_weights(network, target.network):
-        run.fault = run.fault or "it changed the network's weights (of its copy; nothing was judged on that)"
-    return run
+                progress(planned.label, done, total)
+    if tally.changed_weights:
+        tally.fault = tally.fault or "it changed the network's weights (of its copy; nothing was judged on that)"
+    return summed_up(planned, target, tally, carried, number)
 
 
-def _row(planned: PlannedAttack, correct: Tensor, judged: Tensor, verdict: Verdict | None, run: _Run) -> AttackRow:
-    attack, threat, n, attacked = planned.attack, planned.threat, len(correct), int(correct.sum())
+@contextmanager
+def _lent(original: nn.Module) -> Iterator[tuple[Callable[[], nn.Module], _Passes]]:
+    """A copy of the network, made when first asked for, with its passes counted.
+
+    The judged network is never in an attack's hands: hooks, modules and weights that it leaves behind are its own.
+    """
+    passes, made = _Passes(), []
+
+    def network() -> nn.Module:
+        if not made:
+            made.append(copy.deepcopy(original))
+            made.append(_watch_passes(made[0], passes))
+        return made[0]
+
+    try:
+        yield network, passes
+    finally:
+        for handle in made[1] if made else ():
+            handle.remove()
+
+
+def _attack_chunk(
+    target: Target,
+    planned: PlannedAttack,
+    network: nn.Module,
+    passes: _Passes,
+    places: Tensor,
+    chunk: int,
+    number: int,
+    balls: Sequence[ThreatModel],
+    seed: int,
+    budget: Budget,
+    examples: ExampleFile | None,
+) -> dict[str, Any]:
+    """All starts of an attack on one chunk: what came of each image, and what it cost, as plain JSON types."""
+    device, threat, minimal = target.images.device, planned.threat, bool(planned.attack.minimal)
+    images, labels = target.images[places.to(device)], target.labels[places.to(device)]
+    tally, m = Tally.empty(len(places), len(balls)), len(places)
+    best = images.clone()
+    passes.forwards = passes.backwards = 0
+    passes.traceable = True
+    won = torch.zeros(m, dtype=torch.bool)
+    for restart in range(getattr(planned, "restarts", 1)):
+        rows = (~won).nonzero().squeeze(1)
+        if not len(rows) or tally.fault:
+            break
+        counters = (chunk, restart) if restart else (chunk,)  # the same for every attack: the attack alone differs
+        returned, guided = _called(planned, network, passes, images, labels, rows, seed, counters, budget, tally)
+        rows = rows[: len(returned)]
+        if not len(rows):
+            break
+        given, truth = images[rows.to(device)], labels[rows.to(device)]
+        with seeded_globals(derive_seed(seed, "judge", *counters)):
+            verdict = judge(target.network, given, truth, returned, threat, minimal=minimal)
+            predicted = torch.full((len(rows),), -1)
+            if bool(verdict.fooled.any()):
+                labels_now = decide(logits_of(target.network, verdict.examples[verdict.fooled]))
+                predicted[verdict.fooled.cpu()] = labels_now.cpu()
+        fooled, distance = verdict.fooled.cpu(), verdict.distance.cpu().double()
+        for name in ("moved", "outside_box", "outside_ball", "nonfinite"):
+            getattr(tally, name)[rows] |= getattr(verdict, name).cpu()
+        tally.guided[rows] |= guided.cpu()
+        for ball, one in enumerate(balls):  # also of an invalid attack: an example that we checked is one
+            tally.inside[ball, rows] |= fooled & one.contains(given, verdict.examples).cpu()
+        # Of several examples the last counts, unless an earlier one fools and this one does not, or not as near.
+        had, near = tally.fooled[rows], tally.distance[rows]
+        better = ~tally.tried[rows] | (fooled & ~had) | (fooled & had & (distance < near)) | (~fooled & ~had)
+        taken = rows[better]
+        tally.tried[rows] = True
+        tally.fooled[taken], tally.distance[taken] = fooled[better], distance[better]
+        tally.predicted[taken] = predicted[better]
+        best[taken.to(device)] = verdict.examples[better.to(device)]
+        won = tally.fooled & (tally.distance <= threat.tolerance())
+    if bool(tally.fooled.any()):
+        where = tally.fooled.nonzero().squeeze(1)
+        with seeded_globals(derive_seed(seed, "judge rounded", chunk)):
+            eight_bit = best[where.to(device)].mul(255).round().div(255)
+            tally.rounded[where] = (decide(logits_of(target.network, eight_bit)) != labels[where.to(device)]).cpu()
+    if examples is not None and bool(tally.tried.any()):
+        examples.put(number, places[tally.tried], best[tally.tried.to(device)])
+    tally.changed_weights = not _same_weights(network, target.network)
+    return _record(tally, places, passes, saved=examples is not None)
+
+
+def _called(
+    planned: PlannedAttack,
+    network: nn.Module,
+    passes: _Passes,
+    images: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    seed: int,
+    counters: tuple[int, ...],
+    budget: Budget,
+    tally: Tally,
+) -> tuple[Tensor, Tensor]:
+    """What the attack returns for ``rows``, ``budget.batch_size`` at a time, and which had a usable gradient.
+
+    Shorter than ``rows`` where it failed; ``tally`` is told the fault, the time, and whether it wrote its input.
+    """
+    returned, guided, start = [images[:0]], [images.new_zeros(0, dtype=torch.bool)], 0
+    while start < len(rows):
+        part = rows[start : start + budget.batch_size].to(images.device)
+        given, truth = images[part], labels[part]  # indexing copies: the attack may not reach ours
+        passes.witness = torch.zeros(len(part), dtype=torch.bool, device=images.device)
+        before, began = (passes.forwards, passes.backwards, passes.traceable), time.perf_counter()
+        as_in_whole = RowsOf(start, start + len(part), len(rows)) if len(part) < len(rows) else nullcontext()
+        try:
+            with (
+                frozen(network),
+                seeded_globals(derive_seed(seed, "globals of attack", *counters)),
+                torch.enable_grad(),
+                as_in_whole,
+            ):
+                made = planned.attack(network, given, truth, planned.threat, stream(seed, "attack", *counters))
+            made = check_returned(made, images[part])
+            made.sum().item()  # waits for the device, so that the time is the attack's
+        except Exception as error:  # the battery goes on: a failed attack is a row
+            if _is_out_of_memory(error) and len(part) > 1:
+                error.__traceback__ = None  # it holds the tensors that did not fit
+                budget.batch_size, budget.halved = (len(part) + 1) // 2, True
+                passes.forwards, passes.backwards, passes.traceable = before
+                if images.is_cuda:
+                    torch.cuda.empty_cache()
+                continue
+            tally.fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")
+            break
+        finally:
+            tally.seconds += time.perf_counter() - began
+        tally.wrote_input |= not (torch.equal(given, images[part]) and torch.equal(truth, labels[part]))
+        returned.append(made)
+        guided.append(passes.witness)
+        start += len(part)
+    return torch.cat(returned), torch.cat(guided)
+
+
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def _record(tally: Tally, places: Tensor, passes: _Passes, *, saved: bool) -> dict[str, Any]:
+    return {
+        "places": places.tolist(),
+        **{name: _text(getattr(tally, name)) for name in _FLAGS},
+        "inside": [_text(one) for one in tally.inside],
+        "distance": tally.distance.tolist(),
+        "predicted": tally.predicted.tolist(),
+        "forwards": passes.forwards,
+        "backwards": passes.backwards,
+        "traceable": passes.traceable,
+        "wrote_input": tally.wrote_input,
+        "changed_weights": tally.changed_weights,
+        "fault": tally.fault,
+        "seconds": round(tally.seconds, 6),
+        "saved": saved,
+    }
+
+
+def _text(flags: Tensor) -> str:
+    return "".join("1" if flag else "0" for flag in flags.tolist())
+
+
+def _bits(text: str) -> Tensor:
+    return torch.tensor([character == "1" for character in text], dtype=torch.bool)
+
+
+def counted_in(planned: PlannedAttack, other: Attempt, target: Target, number: int) -> Attempt:
+    """A minimal-norm attack in another ball: the same examples, counted at another radius, at no cost."""
+    found = summed_up(planned, target, other.tally, torch.zeros(len(target.correct), dtype=torch.bool), number)
+    note = found.row.note or f"the examples of {other.row.label}, counted at this radius"
+    return dataclasses.replace(found, row=dataclasses.replace(found.row, seconds=0.0, note=note))
+
+
+def summed_up(planned: PlannedAttack, target: Target, tally: Tally, carried: Tensor, number: int) -> Attempt:
+    """The attempt of ``planned`` from what is known image by image. carried: (N,) broken by it in a smaller ball."""
+    moved = tally.moved
+    if planned.attack.access == "white-box" and tally.traceable and planned.threat.radius > 0:
+        # A random start moves an image, but without a gradient nobody has looked for its weakness.
+        moved = moved & (tally.guided | tally.fooled)
+    return Attempt(_row(planned, target.correct.cpu(), tally, moved, carried), planned, number, tally, moved)
+
+
+def _row(planned: PlannedAttack, correct: Tensor, tally: Tally, moved: Tensor, carried: Tensor) -> AttackRow:
+    attack, threat, n = planned.attack, planned.threat, len(correct)
+    tried, spared = tally.tried, tally.skipped & ~carried
+    broken = tried & tally.fooled & (tally.distance <= threat.tolerance())
     outcomes = torch.where(correct, results.UNTRIED, results.MISCLASSIFIED)
-    distances: list[float | None] = [None] * n
-    found, median, violations = 0, None, {"box": 0, "ball": 0, "nonfinite": 0}
-    if verdict is not None:
-        broken = verdict.fooled & (verdict.distance <= threat.tolerance())
-        outcome = torch.where(verdict.moved, results.ROBUST, results.UNMOVED)
-        outcomes[judged] = torch.where(broken, results.BROKEN, outcome)
-        for place, distance, nonfinite in zip(
-            judged.tolist(), verdict.distance.tolist(), verdict.nonfinite.tolist(), strict=True
-        ):
-            distances[place] = None if nonfinite else float(f"{distance:.6g}")
-        found = int(verdict.fooled.sum())
-        median = float(verdict.distance[verdict.fooled].median()) if found else None
-        violations = {
-            "box": int(verdict.outside_box.sum()),
-            "ball": int(verdict.outside_ball.sum()),
-            "nonfinite": int(verdict.nonfinite.sum()),
-        }
-    unmoved, lost = int((outcomes == results.UNMOVED).sum()), int((outcomes == results.BROKEN).sum())
-    robust = int((outcomes == results.ROBUST).sum())
+    outcomes[tried] = torch.where(moved, results.ROBUST, results.UNMOVED)[tried]
+    outcomes[spared], outcomes[broken | carried] = results.SPARED, results.BROKEN
+    found = tried & tally.fooled
+    shown = (tried | carried) & ~tally.nonfinite
+    distances = [
+        float(f"{distance:.6g}") if there else None
+        for distance, there in zip(tally.distance.tolist(), shown.tolist(), strict=True)
+    ]
+    attacked = int(tried.sum()) if tally.unfinished else int((correct & ~tally.skipped).sum())
+    unmoved, robust = int((outcomes == results.UNMOVED).sum()), int((outcomes == results.ROBUST).sum())
     status, note = "ok", ""
-    if run.fault:
-        status, note = "failed", run.fault
+    if tally.fault:
+        status, note = "failed", tally.fault
+    elif tally.unfinished:
+        status, note = "not run", tally.unfinished
     elif unmoved > diagnostics.DOUBTFUL * attacked:
         status = "invalid" if unmoved > diagnostics.INVALID * attacked else "doubtful"
         note = f"it made no real attempt on {unmoved} of {attacked} images"
     known = status in ("ok", "doubtful")
+    calls = max(int(tried.sum()), 1)
     return AttackRow(
         label=planned.label,
         name=planned.name,
@@ -168,35 +433,42 @@ def _row(planned: PlannedAttack, correct: Tensor, judged: Tensor, verdict: Verdi
         status=status,
         note=note,
         attacked=attacked,
-        broken=lost,
-        found=found,
+        broken=int((broken | carried).sum()),
+        found=int(found.sum()),
         unmoved=unmoved,
-        violations=violations,
+        violations={
+            "box": int(tally.outside_box.sum()),
+            "ball": int(tally.outside_ball.sum()),
+            "nonfinite": int(tally.nonfinite.sum()),
+        },
         robust_accuracy=robust / n if known else None,
         interval=wilson(robust, n) if known else None,
-        median_distance=median,
-        seconds=round(run.seconds, 4),
-        forwards=round(run.forwards / max(attacked, 1), 2),
-        backwards=round(run.backwards / max(attacked, 1), 2),
+        median_distance=float(tally.distance[found].median()) if bool(found.any()) else None,
+        seconds=round(tally.seconds, 4),
+        forwards=round(float(tally.forwards[tried].sum()) / calls, 2),
+        backwards=round(float(tally.backwards[tried].sum()) / calls, 2),
         outcomes=tuple(outcomes.tolist()),
         distances=tuple(distances),
+        restarts=getattr(planned, "restarts", 1),
+        carried=int(carried.sum()),
+        spared=int(spared.sum()),
+        rounded=int((broken & tally.rounded).sum()) if bool(broken.any()) else None,
+        made=int(broken.sum()),
+        predictions=tuple(tally.predicted.tolist()),
+        queries=tuple(float(f"{value:.6g}") for value in tally.forwards.tolist()),
     )
 
 
-def worst_case(threat: ThreatModel, target: Target, attempts: Sequence[Attempt]) -> WorstCase:
-    """All attempts together for one ball, image by image (see :class:`scl_defense_benchmarks.results.WorstCase`)."""
-    correct = target.correct
+def worst_case(number: int, threat: ThreatModel, target: Target, attempts: Sequence[Attempt]) -> WorstCase:
+    """All attempts together for the ball of that number, image by image (see :class:`WorstCase`)."""
+    correct = target.correct.cpu()
     broken, moved = torch.zeros_like(correct), torch.zeros_like(correct)
     valid = []
     for one in attempts:
-        if one.verdict is not None:  # also of an invalid or failed attack: an example that we checked is one
-            inside = threat.contains(target.images[one.judged], one.verdict.examples)
-            broken[one.judged] |= one.verdict.fooled & inside
-        here = one.threat.norm == threat.norm and one.threat.radius == threat.radius
-        if here and one.row.robust_accuracy is not None and one.row.access != "control":
+        broken |= one.tally.inside[number]  # also of an invalid or failed attack: an example that we checked is one
+        if one.planned.threat == threat and one.row.robust_accuracy is not None and one.row.access != "control":
             valid.append(one.row.label)
-            if one.verdict is not None:
-                moved[one.judged] |= one.verdict.moved
+            moved |= one.tally.tried & one.moved
     unbroken = correct & ~broken
     robust, n = unbroken & moved, len(correct)
     outcomes = torch.where(correct, results.UNMOVED, results.MISCLASSIFIED)
@@ -229,17 +501,16 @@ class _Witnessed(torch.autograd.Function):
         return gradient, None
 
 
-@contextmanager
-def _watch_passes(network: nn.Module, run: _Run) -> Iterator[None]:
+def _watch_passes(network: nn.Module, passes: _Passes) -> list[Any]:
     """Count images passed forward and backward, and note which images ever got a finite gradient that is not zero."""
 
     def on_backward(gradient: Tensor) -> None:
-        run.backwards += len(gradient)
+        passes.backwards += len(gradient)
         flat = gradient.flatten(1)
-        if len(flat) == len(run.witness):
-            run.witness |= flat.isfinite().all(1) & (flat != 0).any(1)
+        if len(flat) == len(passes.witness):
+            passes.witness |= flat.isfinite().all(1) & (flat != 0).any(1)
         else:
-            run.traceable = False
+            passes.traceable = False
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         images = inputs[0] if inputs else None
@@ -249,14 +520,9 @@ def _watch_passes(network: nn.Module, run: _Run) -> Iterator[None]:
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() > 0:
-            run.forwards += len(output)
+            passes.forwards += len(output)
 
-    handles = [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
 
 
 def _same_weights(network: nn.Module, original: nn.Module) -> bool:

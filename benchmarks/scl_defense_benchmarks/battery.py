@@ -1,14 +1,14 @@
 """The battery: from ``"standard,pgd:steps=40,cw:c=1+10:eps=0.5"`` to attacks, each with its label and its ball."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scl_defense.config import make
 from scl_defense.errors import ComponentError, UserError, nearest
 from scl_defense.plugins import PluginHost
-from scl_defense.threat import NORMS, ThreatModel, parse_eps
+from scl_defense.threat import ALL_NORMS, ThreatModel, parse_eps
 from scl_defense.types import Attack
 
 RESERVED = ("norm", "eps")  # the attack's own ball; never options of a component
@@ -19,9 +19,14 @@ _STANDARD = (*_QUICK, "cw", "deepfool", "apgd-ce", "apgd-t", "fab-t", "square")
 TIERS: Mapping[str, tuple[str, ...]] = {
     "quick": _QUICK,
     "standard": _STANDARD,
-    "full": (*_STANDARD, "apgd-dlr", "mifgsm", "native:pgd:loss=margin", "art:pgd", "art:cw", "autoattack"),
+    "full": (
+        *_STANDARD,
+        *("apgd-dlr", "mifgsm", "native:pgd:loss=margin", "apgd-l1:norm=l1", "ead"),
+        *("sparsefool", "jsma", "onepixel:norm=l0", "pixle", "simba", "hsj", "boundary", "spatial", "transfer"),
+        *("art:pgd", "art:cw", "autoattack"),
+    ),
 }
-_STAND_INS = {"pgd": "native:pgd"}  # in a norm that a tier's attack cannot work in
+_STAND_INS = {"pgd": "native:pgd", "apgd-ce": "apgd-l1"}  # in a norm that a tier's attack cannot work in
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class LeftOut:
 class Plan:
     """What is to be run. threat: the main one; an attack that cannot work in its norm has another.
 
-    left_out: attacks of a tier that cannot work in this norm or with so few classes.
+    left_out: attacks of a tier that cannot work in this norm, on such images, or with so few classes.
     """
 
     threat: ThreatModel
@@ -129,18 +134,24 @@ def plan_attacks(
     threat: ThreatModel,
     budgets: Mapping[str, str] | None = None,
     classes: int | None = None,
+    image_shape: Sequence[int] | None = None,
+    n: int | None = None,
+    surrogate: str | None = None,
 ) -> Plan:
     """Build every attack of a battery and decide its ball; nothing is run.
 
     attacks: see :func:`parse_battery`; the name of a tier (see :data:`TIERS`) stands for its attacks. threat: the main
     ball. budgets: norm -> usual eps of the data, for attacks that look for the smallest perturbation and cannot do so
     in the main norm (Carlini-Wagner under Linf is counted at the L2 budget). ``norm`` and ``eps`` of a single attack
-    win over both. classes: how many the network tells apart, where that is known.
+    win over both. classes: how many the network tells apart; image_shape: (C, H, W); n: how many images; each where it
+    is known. surrogate: the checkpoint for attacks that work on another network and name none.
 
     Raises :class:`UserError` for an unknown attack, option or norm, a norm the attack cannot do, a norm without a
-    budget, too few classes, or the same attack twice. An attack that came with a tier and cannot work in the norm or
-    with so few classes is left out, and one that was named beside its tier is run once, as it was named.
+    budget, classes or images it cannot work on, more images than its limit, or the same attack twice. An attack that
+    came with a tier is left out for any of these reasons, and one that was named beside its tier is run once, as it
+    was named.
     """
+    about = _About(host, threat, budgets or {}, classes, image_shape and tuple(image_shape), n, surrogate)
     named: list[PlannedAttack] = []
     order: list[tuple[Request, PlannedAttack | None]] = []
     for request in parse_battery(attacks):
@@ -152,7 +163,7 @@ def plan_attacks(
                     "attack that should have them beside it"
                 )
         else:
-            planned = _plan_one(request, host, threat, budgets or {}, classes)
+            planned = _plan_one(request, about)
             if other := _same(planned, named):
                 raise UserError(
                     f"attack '{request.label}' is the same as '{other.label}' (code, options, ball); leave one out"
@@ -166,23 +177,42 @@ def plan_attacks(
             found.append(planned)
             continue
         for member in TIERS[request.name]:
-            one = _plan_member(member, request.name, left_out, host, threat, budgets or {}, classes)
+            one = _plan_member(member, request.name, left_out, about)
             if one is not None and not _same(one, [*named, *found]):
                 found.append(one)
     return Plan(threat, tuple(found), tuple(dict.fromkeys(left_out)))
 
 
-def _plan_member(
-    member: str, tier: str, left_out: list[LeftOut], host: PluginHost, *about: Any
-) -> PlannedAttack | None:
+@dataclass(frozen=True)
+class _About:
+    """What a battery is planned for."""
+
+    host: PluginHost
+    threat: ThreatModel
+    budgets: Mapping[str, str]
+    classes: int | None
+    image_shape: tuple[int, ...] | None
+    n: int | None
+    surrogate: str | None
+
+
+def _plan_member(member: str, tier: str, left_out: list[LeftOut], about: _About) -> PlannedAttack | None:
     request = _parse_attack(member)
-    make(host, "attack", request.name, request.options)  # what is wrong with a tier itself is no reason to leave it out
+    # What is wrong with a tier itself is no reason to leave it out.
+    make(about.host, "attack", request.name, request.options)
     try:
-        return _plan_one(request, host, *about)
+        return _plan_one(request, about)
     except UserError as error:
-        instead = _STAND_INS.get(member)
-        left_out.append(LeftOut(member, tier, str(error) + (f" ({instead} takes its place)" if instead else "")))
-    return None if instead is None else _plan_one(_parse_attack(instead), host, *about)
+        reason, instead = str(error), _STAND_INS.get(member)
+        planned = None
+        if instead is not None:
+            try:
+                planned = _plan_one(_parse_attack(instead), about)
+                reason += f" ({instead} takes its place)"
+            except UserError:  # that one cannot either
+                pass
+    left_out.append(LeftOut(member, tier, reason))
+    return planned
 
 
 def _same(planned: PlannedAttack, others: Iterable[PlannedAttack]) -> PlannedAttack | None:
@@ -193,9 +223,8 @@ def _same(planned: PlannedAttack, others: Iterable[PlannedAttack]) -> PlannedAtt
     )
 
 
-def _plan_one(
-    request: Request, host: PluginHost, threat: ThreatModel, budgets: Mapping[str, str], classes: int | None
-) -> PlannedAttack:
+def _plan_one(request: Request, about: _About) -> PlannedAttack:
+    host = about.host
     if request.name not in host["attack"]:
         hint = nearest(request.name, [*TIERS, *(entry.name for entry in host["attack"])])
         if any(f"'{tier}'" in hint for tier in TIERS):
@@ -203,25 +232,52 @@ def _plan_one(
     attack = make(host, "attack", request.name, request.options)
     if not isinstance(attack, Attack):
         raise ComponentError(f"attack '{request.name}' must be callable and have norms, minimal and access")
+    if about.surrogate is not None and getattr(attack, "surrogate", None) == "":
+        attack = dataclasses.replace(attack, surrogate=about.surrogate)
+    if reason := _unable(attack, about):
+        raise UserError(f"attack '{request.label}' {reason}")
+    return PlannedAttack(request.label, request.name, attack, _ball_of(request, attack, about.threat, about.budgets))
+
+
+def _unable(attack: Attack, about: _About) -> str | None:
+    """Why ``attack`` cannot work on such classes or images, or on so many; ``None`` where it can.
+
+    Read from the attack's optional ``min_classes``, ``channels`` (a set), ``square_images``, ``limit`` (an option) and
+    ``unable(classes, image_shape)``.
+    """
+    classes, shape, n = about.classes, about.image_shape, about.n
     needed = int(getattr(attack, "min_classes", 2))
     if classes is not None and classes < needed:
-        raise UserError(
-            f"attack '{request.label}' needs {needed} classes, the network has {classes}; use apgd-ce or autoattack"
-        )
-    return PlannedAttack(request.label, request.name, attack, _ball_of(request, attack, threat, budgets))
+        return f"needs {needed} classes, the network has {classes}; use apgd-ce or autoattack"
+    if shape is not None:
+        channels = getattr(attack, "channels", None)
+        if channels is not None and shape[0] not in channels:
+            wanted = " or ".join(map(str, sorted(channels)))
+            return f"needs images of {wanted} channels, these have {shape[0]}; leave it out"
+        if getattr(attack, "square_images", False) and shape[1] != shape[2]:
+            return f"needs square images, these are {shape[1]}x{shape[2]}; leave it out"
+    limit = getattr(attack, "limit", None)
+    if n is not None and isinstance(limit, int) and n > limit:
+        return f"is slow and takes at most {limit} images, not {n}; use fewer (n) or allow it: limit={n}"
+    unable = getattr(attack, "unable", None)
+    return None if unable is None else unable(classes, shape)
 
 
 def _ball_of(request: Request, attack: Attack, threat: ThreatModel, budgets: Mapping[str, str]) -> ThreatModel:
-    can = [norm for norm in NORMS if norm in attack.norms]
+    can = [norm for norm in ALL_NORMS if norm in attack.norms]
     if request.norm is not None:
         norm = ThreatModel(request.norm, "0").norm  # raises for an unknown norm
         if norm not in can:
             raise UserError(f"attack '{request.label}' cannot work in {norm}; '{request.name}' does {', '.join(can)}")
+    elif own := getattr(attack, "own_ball", None):  # it bounds its examples in a way of its own
+        whole = ThreatModel.parse(own)
+        return whole if request.eps is None else ThreatModel(whole.norm, request.eps)
     elif threat.norm in can:
         norm = threat.norm
     elif not attack.minimal:  # never another ball than the one that was asked for
+        instead = {"l1": "apgd-l1 or native:pgd", "l0": "sparsefool"}.get(threat.norm, "native:pgd")
         raise UserError(
-            f"attack '{request.label}' cannot work in {threat.norm}, only in {', '.join(can)}; use native:pgd, or give "
+            f"attack '{request.label}' cannot work in {threat.norm}, only in {', '.join(can)}; use {instead}, or give "
             f"it its own ball: {request.label}:norm={can[0]}"
         )
     else:

@@ -1,20 +1,33 @@
 """Attack a network with a battery, on tensors, and check every example ourselves."""
 
 import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
-from scl_defense.runtime import derive_seed, repeatable
+from scl_defense.runtime import derive_seed, repeatable, stream
 from scl_defense_benchmarks import diagnostics
-from scl_defense_benchmarks.attempt import Progress, Target, attempt, worst_case
+from scl_defense_benchmarks.attempt import Attempt, Budget, Progress, Target, attempt, counted_in, worst_case
 from scl_defense_benchmarks.battery import Plan
+from scl_defense_benchmarks.catalogue import flagged
+from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
-from scl_defense_benchmarks.results import EvaluationResult
+from scl_defense_benchmarks.planning import same_attack
+from scl_defense_benchmarks.results import EvaluationResult, WorstCase
+from scl_defense_benchmarks.state import State, identity_of, open_state
 from scl_defense_benchmarks.statistics import wilson
+
+WORTH_PROBING = 0.03  # robust accuracy below which there is nothing left to be suspicious of
+
+#: ``independent``: every attack gets every rightly classified image. ``cascade``: what no attack before it has broken.
+Mode = Literal["independent", "cascade"]
 
 
 @torch.no_grad()
@@ -26,18 +39,38 @@ def evaluate(
     *,
     seed: int,
     batch_size: int = 128,
+    mode: Mode = "independent",
+    time_limit: float | None = None,
+    state_file: str | Path | None = None,
+    restart: bool = False,
+    examples_file: str | Path | None = None,
+    probes: Literal["quick", "deep", "none"] = "none",
+    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Run a planned battery on tensors and judge every example it returns.
 
     network: (N, C, H, W) in [0, 1] -> logits (N, K), evaluated in eval mode and given back unchanged. images: (N, C,
-    H, W) float32 in [0, 1], on the network's device; labels: (N,) integers in [0, K). Every attack gets all images
-    that are classified rightly, ``batch_size`` at a time, each batch with a seed of its own, and a deep copy of the
-    network to work on. Examples are judged in float32 on ``network`` itself, always in chunks of one size, so
-    ``batch_size`` reaches a label through the attack alone.
+    H, W) float32 in [0, 1], on the network's device; labels: (N,) integers in [0, K). Every attack gets the images
+    that are classified rightly, in chunks of :data:`scl_defense_benchmarks.attempt.CHUNK` with a seed of their own, and
+    a deep copy of the network to work on. batch_size: the most images at a time, from 1 to a chunk; it reaches no
+    number, except through a library that draws from NumPy or for a part of what it was given. It is halved, and the
+    result says so, when memory runs out. Examples are judged in float32 on ``network`` itself, in chunks of one size.
+
+    mode: see :data:`Mode`; a control spares no image. The same attack in several balls runs in the smallest first and
+    hands on what it broke; one that looks for the smallest perturbation runs once and is counted in each. time_limit:
+    seconds from now; an attack that does not fit is a row ``not run``. state_file: where finished chunks are kept; what
+    is there already is not attacked again, and one of another question is refused unless ``restart`` throws it away;
+    the caller takes it away. examples_file: ``FILE.safetensors`` for the examples. probes: how much is tried beside the
+    battery (see :mod:`scl_defense_benchmarks.probes`). about: what tells this network from others beside its weights.
 
     Raises :class:`UserError` for images or labels that cannot be; an attack's fault never leaves this function.
     """
+    started = time.monotonic()
+    if mode not in get_args(Mode):
+        raise UserError(f"mode '{mode}' is unknown; it must be one of {', '.join(get_args(Mode))}")
+    if time_limit is not None and not time_limit > 0:
+        raise UserError(f"time limit {time_limit} must be above 0 seconds")
     _check_inputs(network, images, labels, batch_size)
     labels = labels.to(images.device, torch.int64)
     with (
@@ -51,13 +84,25 @@ def evaluate(
             raise UserError(f"label {int(labels.max())} has no logit: the network has {logits.shape[1]} classes")
         target = Target(network, images, labels, decide(logits) == labels)
         flags = diagnostics.check_network(network, images, labels, logits)
-        attempts = [
-            attempt(target, planned, seed=seed, batch_size=batch_size, progress=progress) for planned in plan.attacks
-        ]
+        budget = Budget(batch_size, None if time_limit is None else started + time_limit)
+        state = State(None, {})
+        if state_file is not None:
+            asked = identity_of(network, images, labels, plan.attacks, seed=seed, mode=mode, about=about)
+            state = open_state(Path(state_file), asked, restart=restart)
+        examples = None if examples_file is None else ExampleFile(examples_file, images)
+        if examples is not None and state.fresh:
+            examples.clear()
+        attempts = _all_attempts(target, plan, seed, mode, budget, state, examples, progress)
+        if examples is not None:
+            examples.finish({planned.label: str(planned.threat) for planned in plan.attacks})
+        cases = tuple(worst_case(place, threat, target, attempts) for place, threat in enumerate(plan.threats()))
+        if probes != "none" and _worth_probing(plan, cases):
+            flags += diagnostics.probe(network, images, labels, plan.threat, stream(seed, "probes"), probes)
     for one in attempts:
         flags += diagnostics.check_row(one.row)
-        if one.wrote_input:
+        if one.tally.wrote_input:
             flags.append(diagnostics.input_was_written(one.row.label))
+    flags += _limits(attempts, budget, batch_size)
     rows = tuple(one.row for one in attempts)
     families = [str(getattr(planned.attack, "family", "")) for planned in plan.attacks]
     flags += diagnostics.check_battery(rows, families)
@@ -73,11 +118,77 @@ def evaluate(
         clean_accuracy=clean / n,
         clean_interval=wilson(clean, n),
         attacks=rows,
-        worst_cases=tuple(worst_case(threat, target, attempts) for threat in plan.threats()),
-        flags=tuple(flags),
+        worst_cases=cases,
+        flags=tuple(diagnostics.merged(flags)),
         left_out=tuple(dataclasses.asdict(one) for one in plan.left_out),
         device=str(images.device),
+        mode=mode,
+        labels=tuple(labels.tolist()),
+        predictions=tuple(decide(logits).tolist()),
     )
+
+
+def _all_attempts(
+    target: Target,
+    plan: Plan,
+    seed: int,
+    mode: Mode,
+    budget: Budget,
+    state: State,
+    examples: ExampleFile | None,
+    progress: Progress | None,
+) -> list[Attempt]:
+    balls, attempts = plan.threats(), []
+    for number, planned in enumerate(plan.attacks):
+        again = [one for one in attempts if same_attack(one.planned, planned)]
+        if planned.attack.minimal and again:
+            attempts.append(counted_in(planned, again[0], target, number))
+            if examples is not None:
+                examples.copy(again[0].number, number, again[0].tally.tried.nonzero().squeeze(1))
+            continue
+        spared = None
+        if mode == "cascade":
+            spared = torch.zeros(len(target.correct), dtype=torch.bool)
+            for one in attempts:
+                if one.row.access != "control":  # or nothing would show that a control beats the attacks
+                    spared |= one.tally.inside[balls.index(planned.threat)]
+        attempts.append(
+            attempt(
+                target,
+                planned,
+                number=number,
+                balls=balls,
+                seed=seed,
+                budget=budget,
+                state=state,
+                spared=spared,
+                smaller=sorted(
+                    (one for one in again if one.planned.threat.radius < planned.threat.radius),
+                    key=lambda one: one.planned.threat.radius,
+                ),
+                examples=examples,
+                progress=progress,
+            )
+        )
+    return attempts
+
+
+def _limits(attempts: list[Attempt], budget: Budget, batch_size: int) -> list[diagnostics.Flag]:
+    flags = []
+    stopped = tuple(one.row.label for one in attempts if one.row.status == "not run")
+    if stopped:
+        what = f"The time limit came before {len(stopped)} of {len(attempts)} attacks were done."
+        flags.append(flagged("time-limit", what, attacks=stopped))
+    if budget.halved:
+        what = f"Memory ran out with {batch_size} images at a time; it went on with {budget.batch_size}."
+        flags.append(flagged("out-of-memory", what))
+    return flags
+
+
+def _worth_probing(plan: Plan, cases: tuple[WorstCase, ...]) -> bool:
+    """A network that the battery has broken hides nothing that a probe could find."""
+    main = next((case for case in cases if (case.norm, case.eps) == (plan.threat.norm, plan.threat.eps)), None)
+    return main is None or main.robust_accuracy is None or main.robust_accuracy > WORTH_PROBING
 
 
 def _check_inputs(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:

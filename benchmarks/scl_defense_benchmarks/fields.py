@@ -10,3 +10,4 @@ RandomStart = Annotated[bool, Field(description="start at a random point of the 
 Restarts = Annotated[int, Field(ge=1, le=1000, description="random starts, each on what is not broken yet")]
 Targets = Annotated[int, Field(ge=1, le=10_000, description="other classes aimed at, the likeliest first")]
 Queries = Annotated[int, Field(ge=1, le=10_000_000, description="points tried an image")]
+Limit = Annotated[int, Field(ge=1, le=10_000_000, description="more images than this are refused: it is slow")]

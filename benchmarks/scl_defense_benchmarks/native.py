@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scl_defense.ascent import ascend
 from scl_defense.guard import frozen
-from scl_defense.threat import NORMS, ThreatModel
+from scl_defense.threat import ALL_NORMS, NORMS, ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
 
@@ -23,7 +23,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-_LOSSES = {"ce": _cross_entropy, "margin": margin}
+#: Losses to climb: (N, K) logits and (N,) labels -> (N,).
+LOSSES = {"ce": _cross_entropy, "margin": margin}
 
 
 @component
@@ -45,7 +46,7 @@ class FGSM:
 
 @component
 class PGD:
-    """Projected gradient ascent (Madry et al. 2018) in any norm, on cross-entropy or on the margin between logits.
+    """Projected gradient ascent (Madry et al. 2018) in Linf, L2 or L1, on cross-entropy or the margin between logits.
 
     The margin's gradient does not vanish where the softmax is saturated, the cross-entropy's does.
     """
@@ -65,7 +66,7 @@ class PGD:
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
-        loss, labels = _LOSSES[self.loss], labels.long()
+        loss, labels = LOSSES[self.loss], labels.long()
         with frozen(classifier):
             return ascend(
                 lambda adversarial: loss(classifier(adversarial), labels),
@@ -87,7 +88,7 @@ class Noise:
 
     draws: Annotated[int, Field(ge=1, le=100_000, description="random points an image, half of them corners")] = 10
 
-    norms: ClassVar[frozenset[str]] = frozenset(NORMS)
+    norms: ClassVar[frozenset[str]] = frozenset(ALL_NORMS)
     minimal: ClassVar[bool] = False
     access: ClassVar[Literal["control"]] = "control"
     library: ClassVar[str] = "native"

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 SCHEMA = "scl-defense-result/1"
 
-Status = Literal["ok", "doubtful", "invalid", "failed"]
+Status = Literal["ok", "doubtful", "invalid", "failed", "not run"]
 
 # What became of one image, as stored per attack and per ball.
 MISCLASSIFIED = 0  # wrong before any attack: counts against robust accuracy and is not attacked
 ROBUST = 1  # a real attempt was made and our check still finds the right label
 BROKEN = 2  # a checked example inside box and ball with another label
 UNMOVED = 3  # right, but no real attempt was made on it: no evidence of robustness
-UNTRIED = 4  # right, but the attack failed before it gave an example
-OUTCOMES = {"misclassified": 0, "robust": 1, "broken": 2, "unmoved": 3, "untried": 4}
+UNTRIED = 4  # right, but the attack failed or was stopped before it gave an example
+SPARED = 5  # in a cascade: right, but an earlier attack has broken it, so that this one did not get it
+OUTCOMES = {"misclassified": 0, "robust": 1, "broken": 2, "unmoved": 3, "untried": 4, "spared": 5}
+
+# What differs between two runs of the same question, a resumed and an unbroken one too; nothing else does.
+TIMES = ("created", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +38,19 @@ class AttackRow:
     """One attack. Counts are of images; shares are of all n images.
 
     status: ``ok``; ``doubtful`` or ``invalid``: too many images were not moved; ``failed``: it raised or broke its
-    contract. robust_accuracy: the share of images that were right, really attacked and not broken; ``None`` for an
-    invalid or failed attack, whose number would mean nothing.
+    contract; ``not run``: the time limit came first. robust_accuracy: the share of images that were right, really
+    attacked and not broken; ``None`` for an invalid, failed or unfinished attack, whose number would mean nothing. In
+    a cascade it is what is left after this attack and all before it.
     broken: verified examples inside its ball. found: verified wrong labels at any distance (differs from ``broken``
     for ``minimal`` attacks alone). unmoved: right images without a real attempt: left where they were (closer than
     1e-3 eps; for minimal attacks 1e-6), or, by a white-box attack, never a gradient that was finite and not zero.
     violations: examples outside box or ball (pulled back and judged again) or not finite (judged as none).
     median_distance: of the found, in the row's norm. forwards, backwards: per attacked image.
     outcomes: one code an image (see ``OUTCOMES``). distances: one an image, ``None`` where there is no example.
+    restarts: how often we started it. carried: of ``broken``, those broken by the same attack in a smaller ball and
+    not attacked again; made: the others; rounded: of ``made``, those that still fool as an 8-bit image. spared: broken
+    by an earlier attack of the cascade and not attacked. predictions: the wrong label, -1 where there is none.
+    queries: forward passes of each image: those of its chunk, shared equally.
     """
 
     label: str
@@ -67,6 +76,18 @@ class AttackRow:
     backwards: float
     outcomes: tuple[int, ...] = field(repr=False)
     distances: tuple[float | None, ...] = field(repr=False)
+    restarts: int = 1
+    carried: int = 0
+    made: int = 0
+    rounded: int | None = None
+    spared: int = 0
+    predictions: tuple[int, ...] = field(default=(), repr=False)
+    queries: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def survive_rounding(self) -> float | None:
+        """The share of its examples that still fool after rounding to 8 bits; ``None`` without an example."""
+        return None if self.rounded is None else self.rounded / self.made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +112,11 @@ class WorstCase:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """One evaluation of one network. norm, eps: the main threat. data, checkpoint: ``None`` for bare tensors."""
+    """One evaluation of one network: the report. norm, eps: the main threat. data, checkpoint: ``None`` if unknown.
+
+    mode: ``independent``: every attack gets every rightly classified image; ``cascade``: what no attack before it has
+    broken. labels, predictions: of the clean images. indices: their places in the data's test split, if it has one.
+    """
 
     n: int
     num_classes: int
@@ -113,6 +138,10 @@ class EvaluationResult:
     device: str = "cpu"
     command: str | None = None
     created: str | None = None
+    mode: str = "independent"
+    labels: tuple[int, ...] = field(default=(), repr=False)
+    predictions: tuple[int, ...] = field(default=(), repr=False)
+    indices: tuple[int, ...] | None = field(default=None, repr=False)
 
     def row(self, label: str) -> AttackRow:
         """The row of one attack. Raises ``KeyError``."""
@@ -126,10 +155,116 @@ class EvaluationResult:
         """The worst case in the main ball; ``None`` when no attack worked in it."""
         return next((case for case in self.worst_cases if (case.norm, case.eps) == (self.norm, self.eps)), None)
 
+    @property
+    def conclusion(self) -> Any:
+        """What the worst case is worth (see :func:`scl_defense_benchmarks.diagnostics.verdict`)."""
+        from scl_defense_benchmarks import diagnostics
+
+        return diagnostics.verdict(self)
+
+    @property
+    def complete(self) -> bool:
+        """No attack was stopped by the time limit."""
+        return all(row.status != "not run" for row in self.attacks)
+
+    def table(self, width: int = 100) -> str:
+        """The table and the flags as plain text, ``width`` columns wide (80 or more)."""
+        import io
+
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+        console.print(render(self))
+        return console.file.getvalue()
+
+    def to_frame(self) -> Any:
+        """A pandas ``DataFrame`` with a row an attack. Raises :class:`UserError` without pandas, which is optional."""
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("to_frame needs pandas, which is not installed: pip install pandas") from None
+        lists = ("outcomes", "distances", "predictions", "queries", "options", "violations", "interval")
+        rows = []
+        for row in self.attacks:
+            plain = {name: value for name, value in dataclasses.asdict(row).items() if name not in lists}
+            low, high = row.interval or (None, None)
+            violations = {f"outside_{name}": count for name, count in row.violations.items()}
+            rows.append({**plain, "low": low, "high": high, **violations})
+        return pandas.DataFrame(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``FILE.json``, the whole result, or ``FILE.csv``, a line an attack and image (:func:`per_image`)."""
+        if Path(path).suffix == ".csv":
+            write_per_image(self, path)
+        elif Path(path).suffix == ".json":
+            check_writable(path)
+            write(self, path)
+        else:
+            raise UserError(f"'{path}' must end in .json (the whole result) or .csv (a line an attack and image)")
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, with the schema's name and the meaning of the outcome codes."""
-        plain = {"schema": SCHEMA, "outcome_codes": OUTCOMES, **dataclasses.asdict(self)}
+        conclusion = dataclasses.asdict(self.conclusion)
+        plain = {"schema": SCHEMA, "outcome_codes": OUTCOMES, **dataclasses.asdict(self), "conclusion": conclusion}
         return json.loads(json.dumps(plain, allow_nan=False))
+
+
+Report = EvaluationResult  # the name by which the Python API speaks of it
+
+COLUMNS = ("image", "index", "label", "clean_prediction", "attack", "norm", "eps", "outcome", "success", "distance",
+           "queries", "adversarial_label")  # fmt: skip
+
+
+def per_image(result: EvaluationResult) -> Iterator[dict[str, Any]]:
+    """One line an attack and image, in the battery's order.
+
+    image: counts from 0 within the evaluation; index: the place in the test split. label, clean_prediction: before the
+    attack. outcome: a name of ``OUTCOMES``. success: 1 where a checked example inside box and ball has another label;
+    empty where nothing is known (the attack failed or was stopped, or an earlier attack had broken the image).
+    distance: of the example, in ``norm``, empty without one. queries: forward passes, mean of the image's chunk.
+    adversarial_label: what the network says of the example, empty where that is the true label or there is none.
+    """
+    names = {code: name for name, code in OUTCOMES.items()}
+    for row in result.attacks:
+        for image, outcome in enumerate(row.outcomes):
+            known = outcome not in (UNTRIED, SPARED)
+            wrong = row.predictions[image] if row.predictions else -1
+            yield {
+                "image": image,
+                "index": result.indices[image] if result.indices else image,
+                "label": result.labels[image],
+                "clean_prediction": result.predictions[image],
+                "attack": row.label,
+                "norm": row.norm,
+                "eps": row.eps,
+                "outcome": names[outcome],
+                "success": int(outcome == BROKEN) if known else None,
+                "distance": row.distances[image],
+                "queries": row.queries[image] if row.queries else None,
+                "adversarial_label": wrong if wrong >= 0 else None,
+            }
+
+
+def write_per_image(result: EvaluationResult, path: str | Path) -> None:
+    """Write :func:`per_image` as CSV with a header line: the whole file or none. Raises :class:`UserError`."""
+    import csv
+    import io
+
+    from scl_defense.checkpoint import atomic_write_bytes
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(per_image(result))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, text.getvalue().encode())
+
+
+def without_times(value: Any) -> Any:
+    """A result as JSON without what differs between two runs of the same question (see ``TIMES``)."""
+    if isinstance(value, dict):
+        return {name: without_times(item) for name, item in value.items() if name not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def check_writable(path: str | Path) -> None:
@@ -185,10 +320,14 @@ def render(result: EvaluationResult) -> "Group":
     from rich.text import Text
 
     parts: list[Any] = [_table(result)]
-    about = f"n = {result.n} test images, seed {result.seed}, 95 % Wilson intervals, worst case per image"
+    how = ", a cascade: each attack on what is left" if result.mode == "cascade" else ""
+    about = f"n = {result.n} test images{how}, seed {result.seed}, 95 % Wilson intervals, worst case per image"
     if result.data:
         about = f"{result.data['name']}: {about}"
     parts.append(Text(about, style="dim"))
+    conclusion = result.conclusion
+    style = {"trustworthy": "bold green", "upper-bound": "bold yellow"}.get(conclusion.kind, "bold red")
+    parts.append(Text("The worst case is ").append(f"{conclusion.text}.", style=style))
     for row in result.attacks:
         if row.minimal and row.median_distance is not None:
             parts.append(
@@ -198,11 +337,20 @@ def render(result: EvaluationResult) -> "Group":
                     style="dim",
                 )
             )
+    shares = [(row.label, row.survive_rounding) for row in result.attacks]
+    told = ", ".join(f"{label} {share:.0%}" for label, share in shares if share is not None)
+    if told:
+        parts.append(Text(f"examples that still fool after rounding to 8 bits: {told}", style="dim"))
+    for row in result.attacks:
+        if row.status == "not run":
+            parts.append(Text(f"{row.label}: not run: {row.note}", style="yellow"))
     for one in result.left_out:
         parts.append(Text(f"{one['label']} is left out of '{one['tier']}': {one['reason']}", style="dim"))
-    for flag in result.flags:
+    from scl_defense_benchmarks import diagnostics
+
+    for flag in (*result.flags, *diagnostics.notes(result)):
         about = ", ".join([flag.severity, *flag.attacks])
-        style = "bold red" if flag.severity == "error" else "yellow"
+        style = {"error": "bold red", "warning": "yellow"}.get(flag.severity, "dim")
         line = Text(f"flag {flag.id} ({about}): ", style=style)
         parts.append(line.append(f"{flag.what} {flag.why} {flag.remedy}", style="default"))
     return Group(*parts)
@@ -222,7 +370,7 @@ def _table(result: EvaluationResult) -> "Table":
     table.add_column("status", no_wrap=True)
     wrong = result.n - result.clean_correct
     table.add_row("none (clean)", "", *_numbers(result.clean_accuracy, result.clean_interval), str(wrong), "")
-    style = {"ok": "green", "doubtful": "yellow", "invalid": "bold red", "failed": "bold red"}
+    style = {"ok": "green", "doubtful": "yellow", "invalid": "bold red", "failed": "bold red", "not run": "yellow"}
     for row in result.attacks:
         table.add_row(
             Text(row.label),

@@ -113,6 +113,33 @@ class PositiveLogits(LibraryNetwork):
         return logits - logits.amin(1, keepdim=True) + 1
 
 
+class Softened(LibraryNetwork):
+    """Probabilities that are not saturated: softmax of the logits over a temperature of at least 1.
+
+    It is fixed by the first batch seen, so that no spread of logits there exceeds 10: a score attack that asks whether
+    a probability of exactly 1 has fallen never hears yes. Used with one image at a time; no decision changes.
+    """
+
+    temperature: float | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.softened(images).softmax(1)
+
+    def softened(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        if self.temperature is None:
+            spread = (logits.detach().amax(1) - logits.detach().amin(1)).amax()
+            self.temperature = max(1.0, float(spread) / 10)
+        return logits / self.temperature
+
+
+class SoftLogits(Softened):
+    """The same before the softmax, for attacks that take it themselves."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.softened(images)
+
+
 def off_the_walls(images: Tensor) -> Tensor:
     """``images`` with every pixel at least 0.01 from 0 and 1: where a tanh-space attack may start."""
     return images.clamp(WALL, 1 - WALL)
@@ -148,6 +175,44 @@ def nearest_wrong(
         nearest = torch.where(better, distance, nearest)
         best = torch.where(better.view(-1, 1, 1, 1), example, best)
     return best, nearest.isfinite()
+
+
+@torch.no_grad()
+def pulled_back(
+    classifier: nn.Module, images: Tensor, labels: Tensor, examples: Tensor, *, halvings: int = 12
+) -> Tensor:
+    """Examples that are wrong, moved towards their images by bisection as far as they stay wrong; others unchanged."""
+    low, high = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
+    column = (-1, 1, 1, 1)
+    for _ in range(halvings if len(images) else 0):
+        middle = (low + high) / 2
+        with frozen(classifier):
+            point = into_box(images, images + middle.view(column) * (examples - images))
+            wrong = decide(logits_of(classifier, point)) != labels
+        low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
+    return torch.where((high < 1).view(column), images + high.view(column) * (examples - images), examples)
+
+
+@torch.no_grad()
+def random_wrong(
+    classifier: nn.Module, images: Tensor, labels: Tensor, rng: torch.Generator, *, draws: int = 100
+) -> tuple[Tensor, Tensor]:
+    """Per image a random image of another label, pulled back to the boundary, and (N,) whether there is one.
+
+    Uniform noise, and in turn flat images and noise at the walls: where a decision attack may start.
+    """
+    found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    start = images.clone()
+    for draw in range(draws if len(images) else 0):
+        noise = torch.rand(images.shape, generator=rng, device=rng.device).to(images)
+        noise = (noise, (noise < 0.5).to(images), noise[:, :1, :1, :1].expand_as(images))[draw % 3]
+        with frozen(classifier):
+            wrong = decide(logits_of(classifier, noise)) != labels
+        new = wrong & ~found
+        start, found = torch.where(new.view(-1, 1, 1, 1), noise, start), found | new
+        if found.all():
+            break
+    return pulled_back(classifier, images, labels, start), found
 
 
 def smallest_success(classifier: nn.Module, images: Tensor, labels: Tensor, candidates: Iterable[Tensor]) -> Tensor:

@@ -13,6 +13,10 @@ What the library does otherwise than its attacks' names say, and what is done ab
 - DeepFool stops *on* the decision boundary, where the label is still right: a last overshoot follows.
 - Square under L2 fails unless images are square and their side is one of those its first pattern fits: others are
   padded, and what it draws in the padding is lost.
+- OnePixel and Pixle ask whether a softmax probability has fallen, which one of exactly 1 never does: it is softened.
+- TIFGSM smooths three channels and no other number; DIFGSM and TIFGSM resize to squares; Pixle mixes up the sides of
+  other images: they are refused images that they cannot work on. Pixle knows three channels: a grey image gets them.
+- EADL1 and EADEN return images outside [0, 1] and AutoAttack is another sequence: neither is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,19 +31,21 @@ from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
-from scl_defense_benchmarks.fields import Queries, RandomStart, RelStep, Restarts, Steps, Targets
+from scl_defense_benchmarks.fields import Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
 from scl_defense_benchmarks.forward import logits_of
 from scl_defense_benchmarks.library_guard import library_call
 from scl_defense_benchmarks.shims import (
     LibraryNetwork,
     OwnLogits,
     PositiveLogits,
+    SoftLogits,
     UnitGradient,
     UnitSpread,
     finite_or,
     into_box,
     nearest_wrong,
     off_the_walls,
+    pulled_back,
     smallest_success,
 )
 
@@ -116,8 +122,9 @@ class PGD:
 class CW:
     """Carlini & Wagner's L2 attack (2017, eq. on p. 9): min ||d||_2^2 + c max(z_y - max_{j != y} z_j, 0).
 
-    The library has no search over c: each ``c`` is run and the smallest success per image is kept. It stops early when
-    the *batch's* summed cost rises, so the distances depend a little on which images share a batch.
+    The library has no search over c: each ``c`` is run, the smallest success per image is kept and pulled back to the
+    boundary by bisection. The library stops early when the *batch's* summed cost rises, so the distances depend a
+    little on which images share a batch.
     """
 
     c: Annotated[
@@ -125,7 +132,7 @@ class CW:
         Field(min_length=1, description="weights of the margin against the distance, each one tried"),
     ] = (1.0, 10.0, 100.0)
     steps: Steps = 200
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate of Adam, in tanh space")] = 0.01
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate of Adam, in tanh space")] = 0.02
 
     norms: ClassVar[frozenset[str]] = frozenset({"l2"})
     minimal: ClassVar[bool] = True
@@ -154,7 +161,9 @@ class CW:
                     shim=PositiveLogits,
                 )
 
-        return smallest_success(classifier, images, labels, candidates())
+        found = smallest_success(classifier, images, labels, candidates())
+        nearer = pulled_back(classifier, images, labels, found)
+        return nearest_wrong(classifier, images, labels, [found, nearer], "l2")[0]
 
 
 @component
@@ -226,6 +235,176 @@ class _DeepFool(torchattacks.DeepFool):
 
 
 @component
+class SparseFool:
+    """SparseFool (Modas, Moosavi-Dezfooli & Frossard 2019, alg. 2): few coordinates across a linearised boundary.
+
+    Each step finds a point behind the boundary with DeepFool and reaches its tangent plane coordinate by coordinate.
+    It goes image by image: slow.
+    """
+
+    steps: Steps = 20
+    spread: Annotated[float, Field(gt=0, allow_inf_nan=False, description="how far behind the boundary, lambda")] = 3.0
+    limit: Limit = 1000
+
+    norms: ClassVar[frozenset[str]] = frozenset({"l0"})
+    minimal: ClassVar[bool] = True
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "sparsefool"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns the success, else the last iterate.
+
+        ``threat`` bounds nothing here: the pixels are counted by the evaluation.
+        """
+        if len(images) == 0:
+            return images.clone()
+
+        def build(net: nn.Module) -> torchattacks.SparseFool:
+            attack = torchattacks.SparseFool(net, steps=self.steps, lam=self.spread)
+            attack.deepfool = _DeepFool(net)
+            return attack
+
+        return finite_or(images, _call(build, classifier, images, labels, rng, shim=UnitSpread))
+
+
+@component
+class OnePixel:
+    """One-pixel attack (Su, Vargas & Sakurai 2019): differential evolution over places and colours of pixels.
+
+    As many pixels as the L0 ball allows. Image by image.
+    """
+
+    steps: Annotated[int, Field(ge=1, le=10_000, description="generations")] = 50
+    population: Annotated[int, Field(ge=4, le=100_000, description="candidates a generation, about")] = 100
+    limit: Limit = 200
+
+    norms: ClassVar[frozenset[str]] = frozenset({"l0"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["score"]] = "score"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "onepixel"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns the best candidate, shaped as ``images``."""
+        pixels = min(int(threat.radius), images.shape[2] * images.shape[3])
+        if pixels == 0 or len(images) == 0:
+            return images.clone()
+        settings = {"pixels": pixels, "steps": self.steps, "popsize": self.population}
+        return _one_by_one(lambda net: torchattacks.OnePixel(net, **settings), classifier, images, labels, rng)
+
+
+@component
+class Pixle:
+    """Pixle (Pomponi, Scardapane & Uncini 2022): small patches whose pixels are copied to other places.
+
+    The pixels changed add up over the restarts and are bounded by nothing: they are counted. Square images of one or
+    three channels only.
+    """
+
+    restarts: Annotated[int, Field(ge=1, le=100_000, description="patches moved, one after the other")] = 100
+    steps: Annotated[int, Field(ge=1, le=100_000, description="patches tried for each")] = 10
+    patch: Annotated[int, Field(ge=1, le=100, description="largest side of a patch in pixels")] = 3
+    limit: Limit = 1000
+
+    norms: ClassVar[frozenset[str]] = frozenset({"l0"})
+    minimal: ClassVar[bool] = True
+    access: ClassVar[Literal["score"]] = "score"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "pixle"
+    square_images: ClassVar[bool] = True
+    channels: ClassVar[frozenset[int]] = frozenset({1, 3})
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, H) in [0, 1]; labels: (N,). Returns the first success, else the last point.
+
+        ``threat`` bounds nothing here: the pixels are counted by the evaluation.
+        """
+        if len(images) == 0:
+            return images.clone()
+        channels, height, width = images.shape[1:]
+        if height != width or channels not in self.channels:
+            raise UserError(
+                f"attack 'pixle' needs square images of 1 or 3 channels, not {tuple(images.shape[1:])}; leave it out"
+            )
+        sides = (1, min(self.patch, images.shape[2]))
+        settings = {
+            "x_dimensions": sides,
+            "y_dimensions": sides,
+            "restarts": self.restarts,
+            "max_iterations": self.steps,
+        }
+        network = classifier if channels == 3 else _Grey(classifier)
+        coloured = images.expand(-1, 3, -1, -1)
+        made = _one_by_one(lambda net: torchattacks.Pixle(net, **settings), network, coloured, labels, rng)
+        return made[:, :channels].contiguous()
+
+
+class _Grey(nn.Module):
+    """The network of grey images, for images of three equal channels."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images[:, :1])
+
+
+def _one_by_one(
+    build: Callable[[nn.Module], torchattacks.attack.Attack],
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    rng: torch.Generator,
+) -> Tensor:
+    """A score attack on one image after the other, each with probabilities softened for it."""
+    made = [
+        _call(build, classifier, image[None], label[None], rng, shim=SoftLogits)
+        for image, label in zip(images, labels, strict=True)
+    ]
+    return torch.cat(made)
+
+
+#: Attacks whose examples carry over to other networks: name -> what builds them from a network and its settings.
+TRANSFERABLE: dict[str, type[torchattacks.attack.Attack]] = {
+    "mifgsm": torchattacks.MIFGSM,
+    "difgsm": torchattacks.DIFGSM,
+    "tifgsm": torchattacks.TIFGSM,
+    "vmifgsm": torchattacks.VMIFGSM,
+}
+
+
+def can_transfer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether that one works on images (C, H, W)."""
+    channels, height, width = shape
+    return name not in ("difgsm", "tifgsm") or (height == width and (name == "difgsm" or channels == 3))
+
+
+def transferable(
+    name: str,
+    surrogate: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    rng: torch.Generator,
+    *,
+    steps: int,
+    rel_step: float,
+) -> Tensor:
+    """Examples of :data:`TRANSFERABLE` in the Linf ball, made on ``surrogate`` with momentum 1."""
+    settings = {"eps": threat.radius, "alpha": rel_step * threat.radius, "steps": steps, "decay": 1.0}
+    made = _call(lambda net: TRANSFERABLE[name](net, **settings), surrogate, images, labels, rng)
+    return finite_or(images, made)
+
+
+@component
 class APGDCE:
     """Auto-PGD on cross-entropy (Croce & Hein 2020, alg. 1): the step length halves where the loss stops rising."""
 
@@ -243,6 +422,32 @@ class APGDCE:
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
         settings = {"loss": "ce", "steps": self.steps, "restarts": self.restarts}
+        return _apgd(classifier, images, labels, threat, rng, **settings)
+
+
+@component
+class EOT:
+    """Auto-PGD on cross-entropy, each gradient the mean over ``draws`` passes (Athalye et al. 2018, section 4.3).
+
+    For networks whose output is random: one pass shows one of many networks. On others it is apgd-ce, ``draws`` times
+    as expensive.
+    """
+
+    steps: Steps = 100
+    draws: Annotated[int, Field(ge=1, le=10_000, description="gradients averaged at every step")] = 20
+    restarts: Restarts = 1
+
+    norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    minimal: ClassVar[bool] = False
+    access: ClassVar[Literal["white-box"]] = "white-box"
+    library: ClassVar[str] = "torchattacks"
+    family: ClassVar[str] = "eot"
+
+    def __call__(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
+    ) -> Tensor:
+        """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        settings = {"loss": "ce", "steps": self.steps, "restarts": self.restarts, "draws": self.draws}
         return _apgd(classifier, images, labels, threat, rng, **settings)
 
 
@@ -337,14 +542,23 @@ def _apgd(
     steps: int,
     restarts: int = 1,
     targets: int = 0,
+    draws: int = 1,
 ) -> Tensor:
-    """targets: 0 for the untargeted loss. Returns a wrong iterate in the ball, else that of the highest loss."""
+    """targets: 0 for the untargeted loss. draws: gradients averaged a step.
+
+    Returns a wrong iterate in the ball, else that of the highest loss.
+    """
     if threat.radius == 0 or len(images) == 0:
         return images.clone()
 
     def build(net: nn.Module) -> _APGD:
         attack = _APGD(
-            net, norm=_NORMS[threat.norm], eps=threat.radius, steps=steps, loss="ce" if loss == "ce" else "dlr"
+            net,
+            norm=_NORMS[threat.norm],
+            eps=threat.radius,
+            steps=steps,
+            loss="ce" if loss == "ce" else "dlr",
+            eot_iter=draws,
         )
         attack.restarts, attack.target_count, attack.scaled = restarts, targets, loss != "margin"
         return attack

@@ -14,6 +14,7 @@ from scl_defense.errors import SclDefenseError
 COMMANDS = {
     "train": ("scl_defense.cli.train", "Train a network with adversarial examples among its positives."),
     "benchmark": ("scl_defense.cli.benchmark", "Attack a trained checkpoint and report what can be trusted."),
+    "agreement": ("scl_defense.cli.agreement", "The same attack of several libraries on the same images."),
     "study": ("scl_defense.cli.study", "Train and attack a grid of methods and seeds; tables, figures, a summary."),
     "generate": ("scl_defense.cli.generate", "Make adversarial examples once and store them for training."),
     "finetune": ("scl_defense.cli.finetune", "Judge a trained encoder by a fixed protocol: SLF, ALF or AFF."),

@@ -1,6 +1,7 @@
 """``scl-defense benchmark``: names the benchmark layer, never knows it."""
 
 import hashlib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -27,13 +28,36 @@ from scl_defense.errors import UserError
 @click.option("-m", "--model-option", "model_options", multiple=True, metavar="NAME=VALUE", help="Its option.")
 @click.option("--mean", metavar="A+B+C", help="Normalisation before that network, per channel in [0, 1]; default none.")
 @click.option("--std", metavar="A+B+C", help="The same: its standard deviations.")
-@click.option("--norm", type=click.Choice(["linf", "l2", "l1"]), help="Norm; default: the checkpoint's.")
-@click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's.")
+@click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The same: order of its colours; default rgb.")
+@click.option("--head", metavar="FILE", help="File of a linear head, for a file that holds an encoder alone.")
+@click.option("--weights", metavar="NAME", help="Which of several sets of weights in a file, like ema.")
+@click.option("--label-map", metavar="LIST|FILE", help="The data's class for each output: names, or a JSON/TOML file.")
+@click.option(
+    "--trust-pickle", is_flag=True, help="Load a file that runs code when opened: only from people you trust."
+)
+@click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
+@click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's. Several are a curve: "
+              "2/255,4/255,8/255 (the largest is the main one).")  # fmt: skip
 @click.option("--n", type=click.IntRange(min=1), help="Attack only so many test images (stratified).")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Images at a time.")
+@click.option("--mode", type=click.Choice(["independent", "cascade"]), default="independent", show_default=True,
+              help="independent: every attack gets every image, so that they compare; cascade: only what no attack "
+              "before it has broken.")  # fmt: skip
+@click.option("--time-limit", metavar="TIME", help="Seconds, or 10m, 2h: an attack that does not fit is 'not run'.")
+@click.option("--surrogate", metavar="CKPT", help="Another network, for attacks that transfer from it.")
+@click.option("--probes", type=click.Choice(["quick", "deep", "none"]), default="quick", show_default=True,
+              help="How much is tried beside the battery to find masked gradients.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True,
+              help="The most images at a time; saves memory and reaches no number.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every attack.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--out", metavar="FILE.json", help="Result file; default: beside the checkpoint.")
+@click.option("--out", metavar="FILE.json", help="Result file; default: beside the checkpoint. The same command "
+              "goes on where a stopped one was.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Throw away what a stopped benchmark has left, and begin again.")
+@click.option("--per-image", metavar="FILE.csv", help="Write a line for each attack and image.")
+@click.option("--save-examples", metavar="FILE.safetensors", help="Write the adversarial examples, float32.")
+@click.option("--fail-under", type=click.FloatRange(0, 1), metavar="SHARE",
+              help="Exit 1 when the worst case of the main ball is below this, or unknown.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Exit 1 when a flag says that a number cannot be trusted.")
 @common.plugin_option
 @common.json_option
 @common.quiet_option
@@ -47,6 +71,12 @@ def command(
     mean: str | None,
     std: str | None,
     out: str | None,
+    time_limit: str | None,
+    restart: bool,
+    per_image: str | None,
+    save_examples: str | None,
+    fail_under: float | None,
+    strict: bool,
     **settings: Any,
 ) -> None:
     """Attack a trained checkpoint on the test split; every example is checked again by us.
@@ -55,34 +85,85 @@ def command(
     scl-defense benchmark runs/RUN/best.pt --attacks fgsm,pgd,cw
     scl-defense benchmark runs/RUN/best.pt --attacks standard --n 200
     scl-defense benchmark runs/RUN/best.pt --attacks torchattacks:pgd,art:pgd,native:pgd --eps 0.2
+    scl-defense benchmark runs/RUN/best.pt --attacks pgd:restarts=5 --eps 2/255,4/255,8/255
+    scl-defense benchmark runs/RUN/best.pt --attacks standard --mode cascade --fail-under 0.4
     """
     common.host_for(plugins)  # a broken --plugin is answered first
     path = Path(checkpoint)
-    if not path.exists():
+    named = re.fullmatch(r"[A-Za-z][\w-]+:[^\\/].*", checkpoint) is not None  # robustbench:NAME, known to a plugin
+    if not path.exists() and not named:
         raise UserError(f"checkpoint '{path}' does not exist")
     settings["data_options"] = common.key_values(data_options, "-d") or None
     settings["model_options"] = common.key_values(model_options, "-m") or None
     settings |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
-    out = out or str(_beside(path, {**settings, "plugins": plugins}))
+    if out is None:
+        beside = path if path.exists() else Path(re.sub(r"[^\w.-]", "-", checkpoint) + ".name")
+        out = str(_beside(beside, {**settings, "plugins": plugins}))
     from scl_defense import benchmark
     from scl_defense.cli.progress import AttackProgress
 
-    with AttackProgress(quiet=quiet or as_json) as progress:
-        result = benchmark(
-            path,
-            plugins=plugins,
-            out=out,
-            progress=progress,
-            command=shlex.join(["scl-defense", *sys.argv[1:]]),
-            **settings,
-        )
+    try:
+        with AttackProgress(quiet=quiet or as_json) as progress:
+            result = benchmark(
+                checkpoint if named and not path.exists() else path,
+                plugins=plugins,
+                out=out,
+                time_limit=_seconds(time_limit),
+                restart=restart,
+                per_image=per_image,
+                save_examples=save_examples,
+                progress=progress,
+                command=shlex.join(["scl-defense", *sys.argv[1:]]),
+                **({"say": _warn} if settings["trust_pickle"] else {}),
+                **settings,
+            )
+    except KeyboardInterrupt:
+        click.echo("the same command goes on where it stopped", err=True)
+        raise
     if as_json:
         common.print_json({**result.to_json(), "file": out})
     else:
         _show(result)
         click.echo(f"result: {shlex.quote(out)}")
-    if all(row.status == "failed" for row in result.attacks):
+        for file in (file for file in (per_image, save_examples) if file):
+            click.echo(f"also: {shlex.quote(file)}")
+    if reasons := _failures(result, fail_under, strict):
+        click.echo(f"failed: {'; '.join(reasons)}", err=True)
         raise click.exceptions.Exit(1)
+
+
+def _failures(result: Any, fail_under: float | None, strict: bool) -> list[str]:
+    """Why the command ends with 1: nothing ran, or what was demanded of the numbers does not hold."""
+    found = []
+    if all(row.status == "failed" for row in result.attacks):
+        found.append("every attack failed")
+    if fail_under is not None:
+        case = result.worst_case
+        worst = None if case is None else case.robust_accuracy
+        if worst is None:
+            found.append(f"the worst case is unknown, --fail-under {fail_under:g} asks for one")
+        elif worst < fail_under:
+            found.append(f"the worst case {worst:.3f} is below --fail-under {fail_under:g}")
+        elif not result.complete:
+            found.append("not every attack was run, so that the worst case is an upper bound")
+    grave = sorted({flag.id for flag in result.flags if flag.severity == "error"})
+    if strict and grave:
+        found.append(f"--strict: {', '.join(grave)}")
+    return found
+
+
+def _seconds(text: str | None) -> float | None:
+    """``600``, ``600s``, ``10m``, ``1.5h`` -> seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--time-limit {text!r} must be a time above 0, like 600, 90s, 10m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _warn(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:

@@ -31,15 +31,16 @@ class _Bar:
 
 
 class AttackProgress(_Bar):
-    """Told of every batch of a benchmark: one bar an attack, on a terminal."""
+    """Told of every chunk of a benchmark: one bar an attack with the time it needs yet, on a terminal."""
 
     after = "{task.completed}/{task.total} images"
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if self._bar is None:
             return
+        self._bar.speed_estimate_period = 1e9  # a chunk may take minutes: every one so far tells the speed
         if self._task is None or self._bar.tasks[-1].description != label:
-            self._task = self._bar.add_task(label, total=total)
+            self._task = self._bar.add_task(label, total=total, completed=done)  # what a resumed run finds is no speed
         self._bar.update(self._task, completed=done)
 
 

@@ -26,7 +26,7 @@ from scl_defense.testing._common import (
     settings_kept,
     several,
 )
-from scl_defense.threat import NORMS, ThreatModel
+from scl_defense.threat import ALL_NORMS, NORMS, ThreatModel
 
 ACCESS = ("white-box", "score", "decision", "control")
 DEPTH = 0.1  # L2 distance of every image from the plane in check_linear_classifier
@@ -125,8 +125,8 @@ def check_declares_itself(trials: Trials) -> None:
     """``norms``, ``minimal`` and ``access`` say where it can be used and what its result means."""
     attack = trials.component
     norms, minimal, access = (getattr(attack, name, None) for name in ("norms", "minimal", "access"))
-    legal = isinstance(norms, (set, frozenset)) and norms and norms <= set(NORMS)
-    expect(legal, f"norms is {norms!r}; it must be a frozenset out of {', '.join(NORMS)}")
+    legal = isinstance(norms, (set, frozenset)) and norms and norms <= set(ALL_NORMS)
+    expect(legal, f"norms is {norms!r}; it must be a frozenset out of {', '.join(ALL_NORMS)}")
     expect(isinstance(minimal, bool), f"minimal is {minimal!r}; it must be True or False")
     expect(access in ACCESS, f"access is {access!r}; it must be one of {', '.join(ACCESS)}")
 

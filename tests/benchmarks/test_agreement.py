@@ -1,11 +1,21 @@
 """The same attack of two libraries and our own must give the same images; and all must reach known optima."""
 
+import io
+import json
+from typing import ClassVar
+
 import pytest
 import torch
-from scl_defense_benchmarks import art_adapter, native, torchattacks_adapter
+from rich.console import Console
+from scl_defense_benchmarks import art_adapter, hooks, native, torchattacks_adapter
+from scl_defense_benchmarks.agreement import agree, render
 from victim_networks import DigitsNet, Linear, accuracy
 
+from scl_defense.errors import UserError
+from scl_defense.plugins import PluginHost
+from scl_defense.registry import Owner
 from scl_defense.threat import ThreatModel
+from scl_defense.types import component
 
 MODULES = {"torchattacks": torchattacks_adapter, "art": art_adapter, "native": native}
 SAME = 1e-6
@@ -110,3 +120,82 @@ def test_cw_finds_the_nearest_point_of_a_linear_network(linear, rng, attack):
     assert (distance >= nearest - 1e-4).all()  # nothing is nearer than the plane
     assert (distance / nearest).median() <= 1.25
     assert (distance <= 1.6 * nearest + 0.05).all()  # very near the plane the length of a step decides
+
+
+# -- the comparison itself
+
+
+@pytest.fixture
+def compare(host, network, digits):
+    images, labels = digits[0][1400:1460], digits[1][1400:1460]
+
+    def run(attacks, threat="linf:0.1", **settings):
+        return agree(network, images, labels, ThreatModel.parse(threat), attacks=attacks, host=host, **settings)
+
+    return run
+
+
+def test_the_libraries_agree_on_fgsm_and_pgd(compare):
+    result = compare(["fgsm", "pgd:random_start=false", "pgd:steps=10"])
+    assert result.agree and 50 < result.attacked <= 60
+    verdicts = {(one.attack, one.second): one.verdict for one in result.comparisons}
+    for other in ("art", "torchattacks"):
+        assert verdicts["fgsm", f"{other}:fgsm"] == verdicts["pgd:random_start=false", f"{other}:pgd"] == "equal"
+        assert verdicts["pgd:steps=10", f"{other}:pgd"] == "agree"
+    broken = [side.broken for side in result.sides["fgsm"]]
+    assert min(broken) > 5 and len(set(broken)) == 1
+    assert json.loads(json.dumps(result.to_json()))["agree"] is True
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(result))
+    assert "native:pgd / art:pgd" in console.export_text()
+
+
+def test_another_step_is_found_and_named(rng):
+    """A library whose FGSM takes half the step, and one that raises."""
+
+    @component
+    class Half:
+        norms: ClassVar[frozenset[str]] = frozenset({"linf"})
+        minimal: ClassVar[bool] = False
+        access: ClassVar[str] = "white-box"
+        library: ClassVar[str] = "half"
+        family: ClassVar[str] = "fgsm"
+
+        def __call__(self, classifier, images, labels, threat, rng):
+            made = native.FGSM()(classifier, images, labels, threat, rng)
+            return images + 0.5 * (made - images)
+
+    @component
+    class Broken(Half):
+        def __call__(self, *given):
+            raise RuntimeError("no such device")
+
+    host = PluginHost(files=[hooks.__file__], disabled=["scl-defense"])
+    for name, what in (("half:fgsm", Half), ("broken:fgsm", Broken)):
+        host["attack"].add(name, what, summary="wrong on purpose", owner=Owner("a test", "1", "here"))
+    network, images = (
+        Linear(torch.randn(2, 16, generator=rng(1)), torch.zeros(2)),
+        torch.rand(20, 1, 4, 4, generator=rng(2)),
+    )
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    result = agree(network, images, labels, ThreatModel("linf", "0.05"), attacks="fgsm", host=host)
+    assert not result.agree
+    verdicts = {one.second: one.verdict for one in result.comparisons}
+    assert verdicts == {"art:fgsm": "equal", "torchattacks:fgsm": "equal", "half:fgsm": "disagree"}
+    (failed,) = [side for side in result.sides["fgsm"] if side.reason]
+    assert failed.name == "broken:fgsm" and "no such device" in failed.reason and failed.broken is None
+
+
+@pytest.mark.parametrize(
+    ("attacks", "message"),
+    [
+        ("art:fgsm", "names its library; give the attack alone, like fgsm"),
+        ("square", "comes from 1 libraries; compare one of cw, fgsm, pgd"),
+        ("cw", "works in l2, which needs a radius"),
+        ("pgd:steps=none", "steps"),
+    ],
+)
+def test_what_cannot_be_compared(compare, attacks, message):
+    with pytest.raises(UserError, match=message):
+        compare(attacks)

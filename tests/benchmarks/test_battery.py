@@ -12,7 +12,7 @@ from scl_defense.threat import ThreatModel
 from scl_defense.types import component
 
 MAIN = ThreatModel("linf", "8/255")
-BUDGETS = {"linf": "8/255", "l2": "0.5", "l1": "12"}
+BUDGETS = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
 def test_parsing_takes_names_with_colons_options_and_an_own_ball():
@@ -83,8 +83,9 @@ def test_under_a_main_l2_ball_everything_that_can_works_in_it(host):
 
 
 def test_no_attack_silently_works_in_another_ball_than_the_one_asked_for(host):
-    for attack, norm, can in (("fgsm", "l2", "linf"), ("pgd", "l1", "linf, l2")):
-        with pytest.raises(UserError, match=f"'{attack}' cannot work in {norm}, only in {can}; use native:pgd"):
+    cases = [("fgsm", "l2", "linf", "native:pgd"), ("pgd", "l1", "linf, l2", "apgd-l1"), ("pgd", "l0", "linf, l2", "s")]
+    for attack, norm, can, instead in cases:
+        with pytest.raises(UserError, match=f"'{attack}' cannot work in {norm}, only in {can}; use {instead}"):
             plan_attacks(attack, host=host, threat=ThreatModel(norm, "1"), budgets=BUDGETS)
 
 
@@ -165,7 +166,9 @@ def test_a_tier_stands_for_its_attacks(host):
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_attack_of_a_tier_exists(host, tier):
     plan = plan_attacks(tier, host=host, threat=MAIN, budgets=BUDGETS)
-    assert labels_of(plan) == list(TIERS[tier]) and plan.left_out == ()
+    needs_a_file = ["transfer"] if tier == "full" else []
+    assert [one.label for one in plan.left_out] == needs_a_file
+    assert labels_of(plan) == [label for label in TIERS[tier] if label not in needs_a_file]
     assert set(TIERS["quick"]) < set(TIERS["standard"]) < set(TIERS["full"])
     assert not set(TIERS) & {entry.name for entry in host["attack"]}
 
@@ -222,3 +225,53 @@ def test_a_tier_takes_no_options(host):
         plan_attacks("quick:eps=0.1", host=host, threat=MAIN, budgets=BUDGETS)
     with pytest.raises(UserError, match="no attack or battery named 'standrad'; did you mean 'standard'"):
         plan_attacks("standrad", host=host, threat=MAIN, budgets=BUDGETS)
+
+
+# -- what an attack can work on
+
+
+def test_under_l1_and_l0_a_tier_runs_what_knows_them(host):
+    plan = plan_attacks("standard", host=host, threat=ThreatModel("l1", "12"), budgets=BUDGETS, classes=10)
+    assert [one for one in labels_of(plan) if str(one).startswith(("apgd", "native"))] == ["native:pgd", "apgd-l1"]
+    plan = plan_attacks("full", host=host, threat=ThreatModel("l0", "5"), budgets=BUDGETS, classes=10)
+    here = {planned.label for planned in plan.attacks if planned.threat == ThreatModel("l0", "5")}
+    assert here == {"noise", "sparsefool", "jsma", "onepixel:norm=l0", "pixle"}
+    left_out = {one.label: one.reason for one in plan.left_out}
+    assert "cannot work in l0" in left_out["pgd"] and "takes its place" not in left_out["pgd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "about", "message"),
+    [
+        ("pixle", {"image_shape": (3, 8, 6)}, "'pixle' needs square images, these are 8x6"),
+        ("pixle", {"image_shape": (2, 8, 8)}, "'pixle' needs images of 1 or 3 channels, these have 2"),
+        ("hsj", {"n": 101}, "'hsj' is slow and takes at most 100 images, not 101; .*limit=101"),
+        ("apgd-t", {"classes": 3}, "'apgd-t' needs 4 classes, the network has 3"),
+        ("transfer", {}, "'transfer' has no surrogate network; name one: --surrogate CKPT"),
+        ("transfer", {"surrogate": "nowhere.pt"}, "surrogate 'nowhere.pt' does not exist"),
+    ],
+)
+def test_what_an_attack_cannot_work_on_is_an_error_by_name_and_a_reason_in_a_tier(host, text, about, message):
+    settings = {"host": host, "threat": MAIN, "budgets": BUDGETS, **about}
+    with pytest.raises(UserError, match=message) as caught:
+        plan_attacks(text, **settings)
+    assert "\n" not in str(caught.value)
+    plan = plan_attacks("full", **settings)
+    reasons = {one.label: one.reason for one in plan.left_out}
+    assert text in reasons and text not in labels_of(plan)
+    with pytest.raises(UserError, match=message):
+        raise UserError(reasons[text])
+
+
+def test_a_limit_is_an_option_and_an_unknown_shape_refuses_nothing(host):
+    settings = {"host": host, "threat": MAIN, "budgets": BUDGETS}
+    assert labels_of(plan_attacks("hsj:limit=101", n=101, **settings)) == ["hsj:limit=101"]
+    assert labels_of(plan_attacks("hsj", n=100, **settings)) == ["hsj"]
+    assert labels_of(plan_attacks("pixle,apgd-t", **settings)) == ["pixle", "apgd-t"]
+    assert labels_of(plan_attacks("pixle", image_shape=(1, 8, 8), **settings)) == ["pixle"]
+
+
+def test_rotations_have_a_ball_of_their_own(host):
+    settings = {"host": host, "threat": MAIN, "budgets": BUDGETS}
+    assert str(plan_attacks("spatial", **settings).attacks[0].threat) == "linf:1"
+    assert str(plan_attacks("spatial:eps=0.5", **settings).attacks[0].threat) == "linf:0.5"

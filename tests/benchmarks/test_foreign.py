@@ -65,7 +65,7 @@ def test_without_normalisation_images_go_in_as_they_are(tmp_path, network):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda s: s, {"model": None}, "bare weights .* --model"),
+        (lambda s: s, {"model": None}, "need its name; give it with --model"),
         (lambda s: s, {"classes": None}, "name the data set with --data"),
         (lambda s: s, {"model": "smal-cnn"}, "did you mean 'small-cnn'"),
         (lambda s: s, {"model_options": {"width": 8}}, "is .*, this network's is"),

@@ -76,8 +76,7 @@ def test_json_holds_the_whole_evaluation(result):
         assert row["outcomes"].count(code["broken"]) == row["broken"]
         assert row["outcomes"].count(code["misclassified"]) == 50 - data["clean_correct"]
         if row["robust_accuracy"] is not None:
-            unbroken = row["outcomes"].count(code["robust"]) + row["outcomes"].count(code["unmoved"])
-            assert row["robust_accuracy"] == unbroken / 50
+            assert row["robust_accuracy"] == row["outcomes"].count(code["robust"]) / 50  # unmoved is no evidence
     for case in data["worst_cases"]:
         assert case["robust_accuracy"] == case["outcomes"].count(code["robust"]) / 50
         same = [row for row in data["attacks"] if (row["norm"], row["eps"]) == (case["norm"], case["eps"])]
@@ -98,7 +97,7 @@ def test_the_file_is_json_with_one_line_for_each_list_of_images(result, tmp_path
     write(result, path)
     text = path.read_text(encoding="utf-8")
     assert json.loads(text) == result.to_json()
-    assert len(text.splitlines()) < 40 * (len(result.attacks) + len(result.worst_cases))
+    assert len(text.splitlines()) < 60 * (len(result.attacks) + len(result.worst_cases))
     line = next(line for line in text.splitlines() if '"outcomes"' in line)
     assert line.count(",") >= 49
     assert os.listdir(path.parent) == [path.name]
@@ -142,7 +141,7 @@ def test_the_table_fits_80_columns_and_shows_every_number(result):
 
 def test_every_flag_says_what_why_and_what_to_do(result):
     text = " ".join(table_of(result).split())
-    assert {flag.id for flag in result.flags} == {"attack-failed", "moved-nothing"}
+    assert {"attack-failed", "moved-nothing"} <= {flag.id for flag in result.flags}
     for flag in result.flags:
         for part in (flag.id, flag.what, flag.why, flag.remedy):
             assert " ".join(part.split()) in text

@@ -63,6 +63,8 @@ attacks = "native:fgsm"
 """
 FAILING = TINY + '[methods.broken]\nlabel = "Broken one"\nrole = "model-free"\ngenerator = "broken-late"\n'
 
+pytestmark = pytest.mark.slow  # whole studies as processes; every part has its fast tests beside this file
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

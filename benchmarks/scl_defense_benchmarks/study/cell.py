@@ -203,6 +203,8 @@ def _attacked(
         device=settings["device"],
         plugins=settings["plugins"],
         out=path,
+        probes="none",  # a study compares its own networks: the audit's probes would cost as much as an attack
+        restart="if-stale",
         progress=worker.on_attack(path.stem),
     )
     return json.loads(path.read_text())

@@ -18,7 +18,7 @@ class Digits:
     """
 
     flip: ClassVar[bool] = False
-    budgets: ClassVar[Mapping[str, str]] = {"linf": "0.1", "l2": "0.5", "l1": "2"}
+    budgets: ClassVar[Mapping[str, str]] = {"linf": "0.1", "l2": "0.5", "l1": "2", "l0": "5"}
 
     def load(self, split: str, root: Path) -> ImageArrays:
         from sklearn.datasets import load_digits

@@ -21,25 +21,34 @@ class ImageFolder:
 
     Classes are the folders' names, sorted; folders inside a class are searched too. Images are turned upright, cut to
     a centred square and resized (bicubic); transparency is dropped. An image of the right size keeps its pixels.
+    A folder with test/ alone is enough for an audit.
     """
 
     path: Annotated[str, Field(min_length=1, description="folder with train/ and test/, or with one folder a class")]
     size: Annotated[int, Field(ge=8, le=1024, description="height and width of the images, in pixels")] = 32
     grey: Annotated[bool, Field(description="one channel instead of three")] = False
     flip: Annotated[bool, Field(description="whether a mirrored image keeps its label")] = False
-    budgets: ClassVar[Mapping[str, str]] = {"linf": "8/255", "l2": "0.5", "l1": "12"}
+    budgets: ClassVar[Mapping[str, str]] = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "24"}
+
+    def splits(self, root: Path) -> tuple[str, ...]:
+        """Which of train and test there are (all of them where one is cut from the other)."""
+        path = self._place(root)
+        return tuple(name for name in ("train", "test") if (path / name).is_dir()) or ("train", "test")
+
+    def _place(self, root: Path) -> Path:
+        path = Path(self.path).expanduser()
+        return path if path.exists() else root / path
 
     def load(self, split: str, root: Path) -> ImageArrays:
-        path = Path(self.path).expanduser()
-        path = path if path.exists() else root / path
+        path = self._place(root)
         if not path.is_dir():
             raise UserError(f"image folder '{path}' does not exist; give a folder with one folder of images a class")
         halves = [name for name in ("train", "test") if (path / name).is_dir()]
-        if len(halves) == 1:
+        if len(halves) == 1 and (halves == ["train"] or split == "train"):
             other = "test" if halves == ["train"] else "train"
             raise UserError(f"image folder '{path}' has {halves[0]}/ but no {other}/; add it, or leave both out")
         if halves:
-            classes = _classes(path / "train")
+            classes = _classes(path / halves[0])
             unknown = sorted(set(_classes(path / split)) - set(classes))
             if unknown:
                 raise UserError(f"class '{unknown[0]}' of '{path / split}' has no folder in '{path / 'train'}'; add it")

@@ -16,7 +16,7 @@ from scl_defense.types import Field, ImageArrays, component
 
 Download = Annotated[bool, Field(description="fetch the files where they are missing; false: never use the network")]
 IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-NATURAL = {"linf": "8/255", "l2": "0.5", "l1": "12"}
+NATURAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "24"}
 
 
 @component
@@ -24,7 +24,7 @@ class MNIST:
     """70,000 handwritten digits of 28 x 28 (LeCun et al. 1998)."""
 
     flip: ClassVar[bool] = False
-    budgets: ClassVar[Mapping[str, str]] = {"linf": "0.3", "l2": "2.0", "l1": "10"}
+    budgets: ClassVar[Mapping[str, str]] = {"linf": "0.3", "l2": "2.0", "l1": "10", "l0": "15"}
     download: Download = True
 
     def load(self, split: str, root: Path) -> ImageArrays:
@@ -42,7 +42,7 @@ class FashionMNIST:
     """70,000 pictures of clothes, 28 x 28 (Xiao et al. 2017)."""
 
     flip: ClassVar[bool] = True
-    budgets: ClassVar[Mapping[str, str]] = {"linf": "0.1", "l2": "1.5", "l1": "8"}
+    budgets: ClassVar[Mapping[str, str]] = {"linf": "0.1", "l2": "1.5", "l1": "8", "l0": "15"}
     download: Download = True
 
     def load(self, split: str, root: Path) -> ImageArrays:

@@ -1,0 +1,67 @@
+"""Random numbers that do not know the batch size: a part of a chunk draws what it would have got in the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_SIZED = {torch.rand, torch.randn}
+_ALIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
+_FILLING = {
+    Tensor.uniform_,
+    Tensor.normal_,
+    Tensor.random_,
+    Tensor.bernoulli_,
+    Tensor.exponential_,
+    torch.nn.init.uniform_,
+}
+
+
+class RowsOf(TorchFunctionMode):
+    """Inside, a draw with one row an image of the part is made for the whole chunk, and the part gets its rows.
+
+    start, stop: the part's rows of ``whole``. Covers torch's ``rand``, ``randn``, ``randint``, their ``_like`` forms
+    and the methods that fill a tensor; what a library draws from NumPy, or for a part of the part, is its own.
+    """
+
+    def __init__(self, start: int, stop: int, whole: int):
+        super().__init__()
+        self.rows, self.count, self.whole = slice(start, stop), stop - start, whole
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _SIZED:
+            size = kwargs.pop("size", None) or (args[0] if args and not isinstance(args[0], int) else args)
+            return self._drawn(func, (), tuple(size), kwargs)
+        if func is torch.randint:
+            given = list(args)
+            size = kwargs.pop("size", None)
+            if size is None:
+                place = next((i for i, item in enumerate(given) if not isinstance(item, int)), None)
+                if place is None:
+                    return func(*args, **kwargs)
+                size = given.pop(place)
+            return self._drawn(func, tuple(given), tuple(size), kwargs)
+        if func in _ALIKE and self._matches(args[0].shape):
+            like = {"dtype": args[0].dtype, "device": args[0].device}
+            kwargs.pop("memory_format", None)
+            return self._drawn(_ALIKE[func], (), tuple(args[0].shape), like | kwargs)
+        if func in _FILLING and self._matches(args[0].shape):
+            target = args[0]
+            whole = torch.empty(self.whole, *target.shape[1:], dtype=target.dtype, device=target.device)
+            func(whole, *args[1:], **kwargs)
+            return target.copy_(whole[self.rows])
+        return func(*args, **kwargs)
+
+    def _matches(self, shape: Any) -> bool:
+        return len(shape) > 0 and shape[0] == self.count
+
+    def _drawn(self, func: Callable[..., Any], before: tuple[Any, ...], size: tuple[int, ...], kwargs: Any) -> Any:
+        if not self._matches(size):
+            return func(*before, size, **kwargs)
+        gradient = kwargs.pop("requires_grad", False)
+        return func(*before, (self.whole, *size[1:]), **kwargs)[self.rows].clone().requires_grad_(gradient)

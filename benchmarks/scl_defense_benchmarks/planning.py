@@ -1,0 +1,103 @@
+"""What a command asks for beyond one battery in one ball: several radii (a curve), and our own restarts."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scl_defense.errors import UserError
+from scl_defense.plugins import PluginHost
+from scl_defense.threat import ThreatModel
+from scl_defense_benchmarks.battery import TIERS, Plan, PlannedAttack, parse_battery, plan_attacks
+
+MOST_RESTARTS = 1000
+
+
+@dataclass(frozen=True)
+class Repeated(PlannedAttack):
+    """A planned attack and how often it starts, each time on what it has not broken yet."""
+
+    restarts: int = 1
+
+
+def plan_battery(
+    attacks: str | Iterable[str],
+    *,
+    host: PluginHost,
+    threats: Sequence[ThreatModel],
+    budgets: Mapping[str, str] | None = None,
+    classes: int | None = None,
+    **more: Any,
+) -> Plan:
+    """:func:`scl_defense_benchmarks.battery.plan_attacks` for one ball or several of one norm.
+
+    The largest ball is the main one. With several, an attack is planned once in each, the smallest first, and its
+    label says which (``pgd:eps=2/255``); one that names a ball of its own is planned once. ``restarts=K`` of any attack
+    that has no such option itself is ours.
+    """
+    texts, repeats = _without_restarts(attacks, host)
+    order = sorted(dict.fromkeys(threats), key=lambda threat: threat.radius)
+    if len(order) < len(threats):
+        raise UserError("a radius is given twice; leave one out")
+    found: list[PlannedAttack] = []
+    left_out: list[Any] = []
+    for threat in order:
+        plan = plan_attacks(
+            list(dict.fromkeys(texts)), host=host, threat=threat, budgets=budgets, classes=classes, **more
+        )
+        for planned in plan.attacks:
+            for label, restarts in repeats.get(planned.label, [(planned.label, 1)]):
+                one = planned
+                if restarts > 1 or label != planned.label:
+                    shared = {field.name: getattr(planned, field.name) for field in dataclasses.fields(planned)}
+                    one = Repeated(**{**shared, "label": label}, restarts=restarts)
+                if _among(one, found):
+                    continue
+                if len(order) > 1 and one.threat == threat and ":eps=" not in label:
+                    one = dataclasses.replace(one, label=f"{label}:eps={threat.eps}")
+                found.append(one)
+        left_out += plan.left_out
+    return dataclasses.replace(plan, attacks=tuple(found), left_out=tuple(dict.fromkeys(left_out)), threat=order[-1])
+
+
+def same_attack(one: PlannedAttack, other: PlannedAttack) -> bool:
+    """The same code with the same options in the same norm, whatever the radius."""
+    return (
+        type(one.attack) is type(other.attack)
+        and one.attack == other.attack
+        and one.threat.norm == other.threat.norm
+        and getattr(one, "restarts", 1) == getattr(other, "restarts", 1)
+    )
+
+
+def _among(one: PlannedAttack, others: Iterable[PlannedAttack]) -> bool:
+    return any(same_attack(one, other) and one.threat == other.threat for other in others)
+
+
+def _without_restarts(
+    attacks: str | Iterable[str], host: PluginHost
+) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:
+    """The battery without our option, and for each text that had it: its labels as written, with the counts."""
+    texts: list[str] = []
+    repeats: dict[str, list[tuple[str, int]]] = {}
+    for request in parse_battery(attacks):
+        value = request.options.get("restarts")
+        own = request.name in host["attack"] and "restarts" in getattr(
+            host["attack"].get(request.name), "__dataclass_fields__", {}
+        )
+        if value is None or own or request.name in TIERS:  # a tier takes no options: the planner says so
+            texts.append(request.label)
+            repeats.setdefault(request.label, []).append((request.label, 1))
+            continue
+        if not value.isdecimal() or not 1 <= int(value) <= MOST_RESTARTS:
+            raise UserError(
+                f"attack '{request.label}': restarts '{value}' must be a whole number from 1 to {MOST_RESTARTS}"
+            )
+        pieces = [piece.strip() for piece in request.label.split(":")]
+        bare = ":".join(piece for piece in pieces if piece.partition("=")[0].strip() != "restarts")
+        texts.append(bare)
+        repeats.setdefault(bare, []).append((request.label, int(value)))
+    for text, wanted in repeats.items():
+        if len({restarts for _, restarts in wanted}) < len(wanted):
+            raise UserError(f"attack '{text}' is in the battery twice; leave one out or give it another option")
+    return texts, repeats

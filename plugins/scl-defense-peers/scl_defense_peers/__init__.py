@@ -1,0 +1,1 @@
+"""Attacks of Foolbox and adversarial-library, as plugins of scl-defense."""

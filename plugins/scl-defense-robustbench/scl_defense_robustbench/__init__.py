@@ -1,0 +1,1 @@
+"""RobustBench's networks as checkpoints of scl-defense."""
