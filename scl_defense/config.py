@@ -19,6 +19,8 @@ from scl_defense.errors import ComponentError, UserError, nearest
 from scl_defense.plugins import PluginHost
 
 Options = dict[str, Any]
+# Fields of a recipe that name a component -> its kind.
+COMPONENT_FIELDS = {"data": "dataset", "generator": "generator", "trainer": "trainer", "model": "model"}
 
 
 def _as_written(value: Any) -> Any:
@@ -186,6 +188,18 @@ def construct(cls: type, options: Mapping[str, Any], what: str) -> Any:
         raise UserError(f"{what}: {explain(error, known)}") from None
     except TypeError as error:
         raise ComponentError(f"{what} cannot be built: {error}; make it with scl_defense.types.component") from error
+
+
+def layered(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two recipes as one: ``over`` wins, key by key; a component's options survive only while it is the same one."""
+    merged, defaults = dict(under), TrainConfig()
+    for name in COMPONENT_FIELDS:
+        if name in over and over[name] != under.get(name, getattr(defaults, name)):
+            merged.pop(f"{name}_options", None)
+    for name, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged
 
 
 def with_generator(config: TrainConfig, host: PluginHost) -> TrainConfig:

@@ -8,11 +8,10 @@ import click
 
 from scl_defense.cli import common
 from scl_defense.compose import check_name
-from scl_defense.config import TrainConfig, options_of, read_toml, train_config
+from scl_defense.config import COMPONENT_FIELDS, TrainConfig, layered, options_of, read_toml, train_config
 from scl_defense.errors import UserError
 
 _SHORT = {"data": "d", "generator": "g", "trainer": "t", "model": "m"}
-_KINDS = {"data": "dataset", "generator": "generator", "trainer": "trainer", "model": "model"}
 
 
 def _recipe_options(command: Any) -> Any:
@@ -23,14 +22,14 @@ def _recipe_options(command: Any) -> Any:
             of = option.name.removesuffix("_options")
             command = click.option(
                 f"-{_SHORT[of]}", f"--{of}-option", option.name, multiple=True, metavar="NAME=VALUE",
-                help=f"Option of the {_KINDS[of]}, repeatable (see: plugins list NAME).",
+                help=f"Option of the {COMPONENT_FIELDS[of]}, repeatable (see: plugins list NAME).",
             )(command)  # fmt: skip
             continue
         multiple = option.name == "logger"
         shown = option.default if not isinstance(option.default, (list, tuple)) else "+".join(option.default)
         suffix = "" if option.default is None else f"  [default: {shown}]"
         kind = option.type.removesuffix("|none")
-        metavar = "NAME" if option.name in _KINDS or multiple else kind if "|" in kind else kind.upper()
+        metavar = "NAME" if option.name in COMPONENT_FIELDS or multiple else kind if "|" in kind else kind.upper()
         text = f"{option.description[0].upper()}{option.description[1:]}.{suffix}"
         command = click.option(flag, option.name, multiple=multiple, metavar=metavar, help=text)(command)
     return command
@@ -66,7 +65,7 @@ def command(
         raise UserError("--resume takes the run's own recipe; leave all other training options out")
     config = None
     if resume is None:
-        config = train_config(_merged(read_toml(config_file) if config_file else {}, given))
+        config = train_config(layered(read_toml(config_file) if config_file else {}, given))
         # A misspelt name is answered before torch is imported.
         for name in ("trainer", "model"):
             host[name].entry(getattr(config, name))
@@ -94,21 +93,6 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
         elif value not in (None, ()):
             values[name] = value
     return values
-
-
-def _merged(base: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags win; a component's options from the file survive only while the component itself is the same."""
-    merged = dict(base)
-    for name in _KINDS:
-        if name in flags and flags[name] != base.get(name, getattr(_DEFAULTS, name)):
-            merged.pop(f"{name}_options", None)
-    for name, value in flags.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = {**merged[name], **value} if both else value
-    return merged
-
-
-_DEFAULTS = TrainConfig()
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from scl_defense.compose import check_name, make_generator
-from scl_defense.config import TrainConfig, as_dict, train_config
+from scl_defense.config import COMPONENT_FIELDS, TrainConfig, as_dict, layered, train_config
 from scl_defense.errors import UserError
-from scl_defense_benchmarks.study.spec import KINDS, NO_CHOICE, Choice, Spec, arm_name, layered
+from scl_defense_benchmarks.study.spec import NO_CHOICE, Choice, Spec, arm_name
 
 # Where things lie and are logged changes no number.
 UNHASHED = ("out", "name", "data_root", "logger")
@@ -117,7 +117,7 @@ def check_components(spec: Spec, cells: Sequence[Cell], host: Any) -> None:
     recipes = {json.dumps({**cell.recipe["train"], "seed": 0}, sort_keys=True): cell for cell in cells}.values()
     for cell in recipes:
         with _told(spec, cell):
-            for name, kind in KINDS.items():
+            for name, kind in COMPONENT_FIELDS.items():
                 written = cell.recipe["train"][name]
                 if kind == "generator" and written is not None:
                     check_name(host, written)

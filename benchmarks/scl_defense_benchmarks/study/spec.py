@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scl_defense.config import TrainConfig, read_toml
+from scl_defense.config import TrainConfig, layered, read_toml
 from scl_defense.errors import UserError, nearest
 
 PROTOCOLS = ("slf", "alf", "aff")
-KINDS = {"data": "dataset", "generator": "generator", "trainer": "trainer", "model": "model"}  # field -> component
 AXES = ("generators", "datasets", "models")
 FIELDS = tuple(part.name for part in dataclasses.fields(TrainConfig))
 OWNED = ("out", "name", "seed")  # what the study decides for every cell
@@ -22,7 +21,6 @@ _TOP = ("title", "question", "seeds", "baseline", "n", "base", "methods", *AXES,
         "contrasts", "sizes", "default_size")  # fmt: skip
 _SIZE = ("seeds", "n", "base", "methods", *AXES, "batteries", "curve", "finetune")
 _REPLACED = ("seeds", "n", *AXES)  # of a size: given anew, not merged
-_DEFAULTS = TrainConfig()
 _NAME = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.+="
 
 
@@ -188,18 +186,6 @@ def _resized(values: dict[str, Any], size: dict[str, Any], what: str) -> dict[st
             merged[name] = {**merged.get(name, {}), **_table(value, f"{what}: curve")}
         else:
             merged[name] = layered(merged.get(name, {}), _table(value, f"{what}: {name}"))
-    return merged
-
-
-def layered(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` wins, key by key; a component's options from below survive only while the component is the same."""
-    merged = dict(under)
-    for name in KINDS:
-        if name in over and over[name] != under.get(name, getattr(_DEFAULTS, name)):
-            merged.pop(f"{name}_options", None)
-    for name, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = {**merged[name], **value} if both else value
     return merged
 
 
