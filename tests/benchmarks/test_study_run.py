@@ -229,6 +229,10 @@ def cells_running(out):
     return found
 
 
+def files_in(out):
+    return sum(1 for path in out.rglob("*") if path.is_file() and path.suffix in (".pt", ".json"))
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 def test_kill_and_restart_gives_the_same_bytes(finished, place, tmp_path):
     """kill -9 of the study at a random moment of a cell: the cell stops by itself, nothing of it is lost or doubled."""
@@ -252,9 +256,11 @@ def test_killed_again_and_again_at_random_moments(finished, place, tmp_path):
     result, _ = finished
     out, chance, kills = tmp_path / "killed", random.Random(), 0
     for _ in range(8):
-        process = start(place, out)
+        process, before = start(place, out), files_in(out)
+        # A moment after the study has got further, not after some seconds: a fast machine would be done by then.
+        wait_for(lambda before=before, process=process: process.poll() is not None or files_in(out) > before)
         try:
-            process.wait(chance.uniform(4, 14))
+            process.wait(chance.uniform(0, 3))
             break
         except subprocess.TimeoutExpired:
             pids = cells_running(out)
