@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """epoch and step come next; sums: metrics of the epoch so far; best: of the kept checkpoint; seconds: spent.
+    """epoch and step come next; sums: metrics of the epoch so far; best: epoch, accuracies and number of
+    validation images of the kept checkpoint; seconds: spent.
 
     stopped: ended early, for want of progress. passes: (forwards, backwards) an image, of the last whole epoch.
     """

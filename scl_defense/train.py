@@ -332,7 +332,7 @@ class Run:
         record = {name: value / self.steps for name, value in progress.sums.items()}
         better = self.is_better(clean, robust)
         if better:
-            progress.best = {"epoch": epoch, "clean": clean, "robust": robust}
+            progress.best = {"epoch": epoch, "clean": clean, "robust": robust, "images": len(self.val_split)}
         progress.passes = (record["forwards"], record["backwards"])
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
         progress.stopped = bool(self.config.patience) and epoch - progress.best["epoch"] >= self.config.patience

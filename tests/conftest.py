@@ -19,6 +19,14 @@ _DEAD_PROXY = "http://127.0.0.1:9"
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
 
 
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """One worker a core: two of them with a thread for every core each would fight, at several times the cost."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(specs))))
+
+
 class NetworkBlocked(OSError):
     """A test tried to leave this machine. An ``OSError``: the code under test sees what an offline machine gives."""
 

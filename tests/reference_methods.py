@@ -117,8 +117,8 @@ def mart(clean: Tensor, attacked: Tensor, labels: Sequence[int], beta: float) ->
     for row, adversarial, label in zip(clean, attacked, labels, strict=True):
         p = [torch.exp(v) / sum(torch.exp(u) for u in adversarial) for v in adversarial]
         own = torch.exp(row[label]) / sum(torch.exp(u) for u in row)
-        runner_up = max(float(v) for k, v in enumerate(p) if k != label)
-        rival = next(v for k, v in enumerate(p) if k != label and float(v) == runner_up)
+        runner_up = max(float(v.detach()) for k, v in enumerate(p) if k != label)
+        rival = next(v for k, v in enumerate(p) if k != label and float(v.detach()) == runner_up)
         boosted = -torch.log(p[label]) - torch.log(1 - rival)
         total = total + boosted + beta * kl(row[None], adversarial[None]) * (1 - own)
     return total / len(labels)

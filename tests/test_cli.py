@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from scl_defense import benchmark, checkpoint
 from scl_defense.cli.app import run
 from scl_defense.config import TrainConfig
 
@@ -265,6 +268,46 @@ def test_a_benchmark_destroys_nothing_and_says_so_before_it_attacks(capsys, tmp_
     assert run([*[str(a) for a in base], "--json"]) == 0  # the same question into the same file
     assert json.loads(capsys.readouterr().out)["n"] == 20
     assert len(list((tmp_path / "a").glob("best-benchmark-*.json"))) == 1
+
+
+def test_libraries_are_compared_from_the_command_line(capsys, tmp_path):
+    assert run(["train", *TINY, "--generator", "none", "--out", str(tmp_path), "--name", "a"]) == 0
+    weights, best = str(tmp_path / "w.pt"), str(tmp_path / "a" / "best.pt")
+    content, _ = checkpoint.read(Path(best))
+    torch.save(content["network"], weights)
+    capsys.readouterr()
+    base = ["--attacks", "fgsm", "--n", "30", "--json"]
+    assert run(["agreement", best, *base]) == 0
+    own = json.loads(capsys.readouterr().out)
+    assert {side["library"] for side in own["sides"]["fgsm"]} == {"torchattacks", "art", "native"}
+    # A file of bare weights needs what the other commands need, and gives the same answer.
+    code, line = error_of(capsys, "agreement", weights, *base)
+    assert code == 2 and "data" in line
+    foreign = ["--data", "digits", "--model", "small-cnn", "-m", "width=4", "--eps", "0.1"]
+    assert run(["agreement", weights, *foreign, *base]) == 0
+    assert json.loads(capsys.readouterr().out)["sides"] == own["sides"]
+    code, line = error_of(capsys, "agreement", best, *base, "--eps", "0.1,0.2")
+    assert code == 2 and "one eps" in line
+    code, line = error_of(capsys, "agreement", str(tmp_path / "no.pt"))
+    assert code == 2 and "does not exist" in line
+
+
+def test_a_network_that_is_not_the_one_that_was_validated_is_not_trusted(tmp_path):
+    """The file says how accurate its network was; compared where the data are the same and the accuracy is its own."""
+    assert run(["train", *TINY, "--generator", "none", "--out", str(tmp_path), "--name", "a"]) == 0
+    best = tmp_path / "a" / "best.pt"
+    content, _ = checkpoint.read(best)
+
+    def flags(**changed):
+        checkpoint.save(tmp_path / "b.pt", {**content, **changed})
+        found = benchmark(tmp_path / "b.pt", attacks="noise", probes="none")
+        return {flag.id for flag in found.flags}
+
+    name = "clean-accuracy-not-as-recorded"
+    other = {**content["best"], "clean": 1.0 if content["best"]["clean"] < 0.5 else 0.0, "images": 2000}
+    assert content["best"]["images"] == 48 and name not in flags()
+    assert name in flags(best=other)
+    assert name not in flags(best=other, epoch=content["epoch"] + 1)  # as last.pt: that was another epoch's network
 
 
 @pytest.mark.slow

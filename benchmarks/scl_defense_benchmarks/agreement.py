@@ -14,11 +14,13 @@ from scl_defense.config import make
 from scl_defense.errors import ComponentError, UserError
 from scl_defense.guard import frozen
 from scl_defense.plugins import PluginHost, default_host
-from scl_defense.runtime import repeatable, select_device, stream
+from scl_defense.runtime import repeatable, stream
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Attack
 from scl_defense_benchmarks.battery import parse_battery
 from scl_defense_benchmarks.forward import decide, logits_of
+from scl_defense_benchmarks.question import ask
+from scl_defense_benchmarks.subject import check_fit
 from scl_defense_benchmarks.verdicts import Verdict, check_returned, judge
 
 SAME = 1e-5  # a pixel of two images that are equal up to the order of float32 sums
@@ -237,47 +239,36 @@ def agreement(
     batch_size: int = 128,
     device: str = "auto",
     plugins: Iterable[str | Path] = (),
+    **foreign: Any,
 ) -> AgreementResult:
     """Compare the libraries on a trained network and the test split; see :func:`agree`.
 
     The arguments are those of :func:`scl_defense.benchmark`.
     """
-    from scl_defense.checkpoint import load_classifier
-    from scl_defense.data import open_data
-
     host = default_host(plugins)
-    own = None
-    if isinstance(checkpoint, nn.Module):
-        network, where = checkpoint, next(iter(checkpoint.parameters()), torch.empty(0)).device
-        name, options, root = data, data_options, data_root
-    else:
-        where = select_device(device)
-        foreign: dict[str, Any] = {
-            "host": host, "model": model, "model_options": model_options, "mean": mean, "std": std
-        }  # fmt: skip
-        if data is not None:
-            opened = open_data(data, root=data_root, options=data_options, host=host)
-            foreign |= {"classes": opened.classes, "image_shape": opened.image_shape}
-        loaded = load_classifier(checkpoint, host=host, device=where, options=foreign)
-        network, own = loaded.network, loaded.threat
-        name, options = data or loaded.data, data_options if data or data_options else loaded.data_options
-        root = data_root or (loaded.data_root if not data else None)
-    if name is None:
-        raise UserError("it is not known which data the network belongs to; name it with data (--data)")
-    opened = open_data(name, root=root, options=options, host=host)
-    chosen = norm or (own.norm if own else "linf")
-    radius = str(eps) if eps is not None else own.eps if own and own.norm == chosen else opened.budgets.get(chosen)
-    if radius is None:
-        raise UserError(f"no usual {chosen} radius is known for '{name}'; give one with eps (--eps 8/255)")
-    split = opened.split("test", limit=n, device=where)
+    asked = ask(
+        checkpoint,
+        data=data,
+        data_options=data_options,
+        data_root=data_root,
+        norm=norm,
+        eps=eps,
+        n=n,
+        device=device,
+        host=host,
+        foreign={"model": model, "model_options": model_options, "mean": mean, "std": std, **foreign},
+    )
+    if len(asked.threats) > 1:
+        raise UserError("libraries are compared in one ball at a time; give one eps")
+    check_fit(asked.subject.network, asked.images[:1], asked.classes, asked.name)
     return agree(
-        network,
-        split.float_images(),
-        split.labels,
-        ThreatModel(chosen, radius),
+        asked.subject.network,
+        asked.images,
+        asked.labels,
+        asked.threats[0],
         attacks=attacks,
         host=host,
-        budgets=opened.budgets,
+        budgets=asked.budgets,
         seed=seed,
         batch_size=batch_size,
     )

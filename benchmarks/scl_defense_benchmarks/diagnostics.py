@@ -119,9 +119,14 @@ def _check_repeatable(network: "nn.Module", images: "Tensor", labels: "Tensor", 
     return []
 
 
-def check_recorded(accuracy: float, n: int, recorded: float) -> list[Flag]:
-    """Clean accuracy of ``n`` images against the one that the checkpoint says it had, both shares."""
-    limit = RECORDED + 3 * (recorded * (1 - recorded) / n) ** 0.5
+def check_recorded(correct: int, n: int, recorded: float, recorded_n: int) -> list[Flag]:
+    """Clean accuracy of ``n`` images against the share that the checkpoint says it had of ``recorded_n`` others.
+
+    Both are samples: sigma is that of their difference, from the pooled share with one image of each kind added.
+    """
+    accuracy = correct / n
+    pooled = (correct + recorded * recorded_n + 1) / (n + recorded_n + 2)
+    limit = RECORDED + 3 * (pooled * (1 - pooled) * (1 / n + 1 / recorded_n)) ** 0.5
     if abs(accuracy - recorded) <= limit:
         return []
     what = f"Clean accuracy is {accuracy:.1%}; the checkpoint says {recorded:.1%} (limit: {limit:.1%} apart)."

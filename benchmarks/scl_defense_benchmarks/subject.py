@@ -1,5 +1,6 @@
 """What is audited: a network from a file or from memory, and what is known of it."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -71,7 +72,8 @@ def _from_memory(network: nn.Module, device: str, foreign: Mapping[str, Any]) ->
     tensor = next(iter((*network.parameters(), *network.buffers())), torch.empty(0))
     where = tensor.device if device == "auto" else select_device(device)
     about: dict[str, Any] = {"path": None, "network": type(network).__qualname__}
-    network = network if device == "auto" else network.to(where)
+    if where != tensor.device:
+        network = _copied(network).to(where)
     if any(foreign.get(name) is not None for name in ("mean", "std", "channels")):
         if foreign.get("image_shape") is None:
             raise UserError("mean, std and channels need to know the images; name the data set with data")
@@ -81,6 +83,14 @@ def _from_memory(network: nn.Module, device: str, foreign: Mapping[str, Any]) ->
         wrapped.training = network.training
         network = wrapped
     return Subject(network, where, about)
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # whatever a stranger's attributes raise
+        fault = " ".join(str(error).split())[:200]
+        raise UserError(f"the network cannot be copied to another device ({fault}); move it there first") from None
 
 
 def _from_file(checkpoint: str | Path, host: PluginHost, device: str, foreign: Mapping[str, Any]) -> Subject:

@@ -6,17 +6,14 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.subject import as_given, found, subject_options
 
 
 @click.command("agreement")
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--attacks", default="fgsm,pgd:random_start=false,pgd", show_default=True, metavar="LIST",
               help="Attacks without their library, with options that every library's version has.")  # fmt: skip
-@click.option("--data", metavar="NAME|PATH", help="Data set; default: the one it was trained on.")
-@click.option(
-    "-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set."
-)
-@click.option("--data-root", metavar="DIR", help="Folder where data sets lie or are downloaded to.")
+@subject_options
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's.")
 @click.option("--n", type=click.IntRange(min=1), default=200, show_default=True, help="Test images (stratified).")
@@ -25,7 +22,7 @@ from scl_defense.cli import common
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @common.plugin_option
 @common.json_option
-def command(checkpoint: str, as_json: bool, data_options: tuple[str, ...], **settings: Any) -> None:
+def command(checkpoint: str, as_json: bool, **settings: Any) -> None:
     """Run the same attack of torchattacks, ART, our own and plugins, and compare: exit code 1 where they disagree.
 
     \b
@@ -33,10 +30,10 @@ def command(checkpoint: str, as_json: bool, data_options: tuple[str, ...], **set
     scl-defense agreement runs/RUN/best.pt --attacks cw,pgd:steps=40 --n 100
     """
     common.host_for(settings["plugins"])  # a broken --plugin is answered first
-    settings["data_options"] = common.key_values(data_options, "-d") or None
+    path = found(checkpoint)
     # The benchmark layer is named here, never known.
     layer = import_module("scl_defense_benchmarks.agreement")
-    result = layer.agreement(checkpoint, **settings)
+    result = layer.agreement(path, **as_given(settings))
     if as_json:
         common.print_json(result.to_json())
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.subject import as_given, found, subject_options
 from scl_defense.errors import UserError
 
 
@@ -19,22 +20,7 @@ from scl_defense.errors import UserError
               help="Attacks with options (pgd:steps=40,art:cw,cw:eps=0.5; see: plugins list attacks), or a battery: "
               "quick (noise, fgsm, pgd), standard (quick + cw, deepfool, apgd-ce, apgd-t, fab-t, square), full "
               "(standard + cross-checks + autoattack).")  # fmt: skip
-@click.option("--data", metavar="NAME|PATH", help="Data set; default: the one it was trained on.")
-@click.option(
-    "-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set."
-)
-@click.option("--data-root", metavar="DIR", help="Folder where data sets lie or are downloaded to.")
-@click.option("--model", metavar="NAME", help="Network of a file of bare weights (needs --data).")
-@click.option("-m", "--model-option", "model_options", multiple=True, metavar="NAME=VALUE", help="Its option.")
-@click.option("--mean", metavar="A+B+C", help="Normalisation before that network, per channel in [0, 1]; default none.")
-@click.option("--std", metavar="A+B+C", help="The same: its standard deviations.")
-@click.option("--channels", type=click.Choice(["rgb", "bgr"]), help="The same: order of its colours; default rgb.")
-@click.option("--head", metavar="FILE", help="File of a linear head, for a file that holds an encoder alone.")
-@click.option("--weights", metavar="NAME", help="Which of several sets of weights in a file, like ema.")
-@click.option("--label-map", metavar="LIST|FILE", help="The data's class for each output: names, or a JSON/TOML file.")
-@click.option(
-    "--trust-pickle", is_flag=True, help="Load a file that runs code when opened: only from people you trust."
-)
+@subject_options
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's. Several are a curve: "
               "2/255,4/255,8/255 (the largest is the main one).")  # fmt: skip
@@ -66,10 +52,6 @@ def command(
     plugins: tuple[str, ...],
     as_json: bool,
     quiet: bool,
-    data_options: tuple[str, ...],
-    model_options: tuple[str, ...],
-    mean: str | None,
-    std: str | None,
     out: str | None,
     time_limit: str | None,
     restart: bool,
@@ -89,15 +71,10 @@ def command(
     scl-defense benchmark runs/RUN/best.pt --attacks standard --mode cascade --fail-under 0.4
     """
     common.host_for(plugins)  # a broken --plugin is answered first
-    path = Path(checkpoint)
-    named = re.fullmatch(r"[A-Za-z][\w-]+:[^\\/].*", checkpoint) is not None  # robustbench:NAME, known to a plugin
-    if not path.exists() and not named:
-        raise UserError(f"checkpoint '{path}' does not exist")
-    settings["data_options"] = common.key_values(data_options, "-d") or None
-    settings["model_options"] = common.key_values(model_options, "-m") or None
-    settings |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
+    path = found(checkpoint)
+    settings = as_given(settings)
     if out is None:
-        beside = path if path.exists() else Path(re.sub(r"[^\w.-]", "-", checkpoint) + ".name")
+        beside = path if isinstance(path, Path) else Path(re.sub(r"[^\w.-]", "-", checkpoint) + ".name")
         out = str(_beside(beside, {**settings, "plugins": plugins}))
     from scl_defense import benchmark
     from scl_defense.cli.progress import AttackProgress
@@ -105,7 +82,7 @@ def command(
     try:
         with AttackProgress(quiet=quiet or as_json) as progress:
             result = benchmark(
-                checkpoint if named and not path.exists() else path,
+                path,
                 plugins=plugins,
                 out=out,
                 time_limit=_seconds(time_limit),
@@ -114,7 +91,6 @@ def command(
                 save_examples=save_examples,
                 progress=progress,
                 command=shlex.join(["scl-defense", *sys.argv[1:]]),
-                **({"say": _warn} if settings["trust_pickle"] else {}),
                 **settings,
             )
     except KeyboardInterrupt:
@@ -162,22 +138,10 @@ def _seconds(text: str | None) -> float | None:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _warn(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split("+"))
-    except ValueError:
-        raise UserError(f"{option} {text!r} must be numbers joined by '+', like 0.49+0.48+0.45") from None
-
-
 def _beside(checkpoint: Path, settings: dict[str, Any]) -> Path:
     """The same question again goes into the same file; another question never overwrites an answer."""
-    digest = hashlib.sha256(repr(sorted((k, v) for k, v in settings.items() if k != "device")).encode()).hexdigest()
+    asked = sorted((name, value) for name, value in settings.items() if name not in ("device", "say"))
+    digest = hashlib.sha256(repr(asked).encode()).hexdigest()
     return checkpoint.with_name(f"{checkpoint.stem}-benchmark-{digest[:8]}.json")
 
 

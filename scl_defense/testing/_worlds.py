@@ -17,6 +17,7 @@ GREY, COLOUR = (1, 8, 8), (3, 12, 10)  # not square: a swapped height and width 
 SHAPES = (GREY, COLOUR)
 LINF = ThreatModel("linf", "0.1")
 THREATS = (LINF, ThreatModel("l2", "0.5"), ThreatModel("l1", "2"))
+ATTACKED = (*THREATS, ThreatModel("l0", "6"))  # balls that one can attack in, if not train in
 
 
 def pictures(count: int, shape: Shape, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,7 @@ def smallest_radius(norm: str, weight: Tensor, images: Tensor, labels: Tensor, d
     """The radius at which every image of :func:`two_class_problem` falls, in closed form.
 
     L2: the distance to the plane. Linf: by duality distance * ||w||_2 / ||w||_1. L1: the steepest pixels, each moved
-    as far as the box lets it (a fractional knapsack).
+    as far as the box lets it (a fractional knapsack). L0: the fewest pixels, each moved to its wall.
     """
     if norm == "l2":
         return distance
@@ -162,7 +163,12 @@ def smallest_radius(norm: str, weight: Tensor, images: Tensor, labels: Tensor, d
     order = weight.abs().argsort(descending=True)
     for image, label in zip(images.flatten(1), labels, strict=True):
         upward = (weight > 0) == bool(label == 0)  # the direction that leaves the image's class
-        room = torch.where(upward, 1 - image, image)[order]
+        room = torch.where(upward, 1 - image, image)
+        if norm == "l0":
+            gains = (room * weight.abs()).sort(descending=True).values.cumsum(0)
+            largest = max(largest, 1.0 + int((gains <= distance * weight.norm()).sum()))
+            continue
+        room = room[order]
         missing, used = float(distance * weight.norm()), 0.0
         for slope, free in zip(weight.abs()[order].tolist(), room.tolist(), strict=True):
             step = min(free, missing / slope)

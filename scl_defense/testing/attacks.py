@@ -1,5 +1,6 @@
 """The contract of attacks: what an evaluation relies on. (Whether an image is misclassified it finds out itself.)"""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -65,7 +66,7 @@ class Trials:
     @property
     def threats(self) -> list[ThreatModel]:
         norms = getattr(self.component, "norms", NORMS)
-        return [threat for threat in worlds.THREATS if threat.norm in norms] or list(worlds.THREATS[:1])
+        return [threat for threat in worlds.ATTACKED if threat.norm in norms] or list(worlds.ATTACKED[:1])
 
     @property
     def minimal(self) -> bool:
@@ -230,7 +231,8 @@ def check_linear_classifier(trials: Trials) -> None:
     factor, wanted = (1.5, 1.0) if access == "white-box" else (3.0, 0.5)
     for threat in trials.threats:
         radius = worlds.smallest_radius(threat.norm, weight, images, labels, DEPTH)
-        budget = ThreatModel(threat.norm, f"{factor * radius:.6f}")
+        eps = str(math.ceil(factor * radius)) if threat.norm == "l0" else f"{factor * radius:.6f}"
+        budget = ThreatModel(threat.norm, eps)
         trial = trials.call(images.clone(), labels.clone(), budget, classifier=victim)
         applies_if(isinstance(trial.output, Tensor) and trial.output.shape == images.shape)
         fooled = (worlds.margins(network, trial.flat, labels) > 0) & budget.contains(images, trial.flat)

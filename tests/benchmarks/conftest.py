@@ -5,12 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from scl_defense_benchmarks import hooks
+from scl_defense_benchmarks import hooks, native
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from victim_networks import DigitsNet
 
 from scl_defense.plugins import PluginHost
+from scl_defense.threat import ThreatModel
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,6 +51,26 @@ def network(digits) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def robust(digits):
+    """DigitsNet trained on one-step examples from random starts, Linf 0.1: neither hopeless nor unbreakable."""
+    images, labels = digits
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net = DigitsNet()
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(6):
+            for batch in torch.randperm(1400).split(64):
+                threat, generator = ThreatModel("linf", "0.1"), torch.Generator().manual_seed(int(batch[0]))
+                attack = native.PGD(steps=1, rel_step=1.0)
+                made = attack(net, images[batch], labels[batch], threat, generator)
+                loss = F.cross_entropy(net(made), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
 def victims(digits, network) -> tuple[Tensor, Tensor]:
     """24 images that the network gets right."""
     images, labels = digits[0][1400:1440], digits[1][1400:1440]
@@ -61,6 +82,28 @@ def victims(digits, network) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def rng() -> Callable[..., torch.Generator]:
     return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+class Clock:
+    """The evaluation's time, which passes only where a test lets it: a busy machine decides nothing."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    made = Clock()
+    for module in ("evaluate", "attempt"):
+        monkeypatch.setattr(f"scl_defense_benchmarks.{module}.time", made)
+    return made
 
 
 @pytest.fixture(scope="session")

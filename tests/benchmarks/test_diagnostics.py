@@ -229,11 +229,15 @@ def test_an_empty_day_is_said():
 
 
 def test_the_recorded_clean_accuracy_is_compared():
-    assert diagnostics.check_recorded(0.90, 10_000, 0.91) == []
-    (flag,) = diagnostics.check_recorded(0.86, 10_000, 0.91)
+    assert diagnostics.check_recorded(9000, 10_000, 0.91, 10_000) == []
+    (flag,) = diagnostics.check_recorded(8600, 10_000, 0.91, 10_000)
     assert flag.id == "clean-accuracy-not-as-recorded" and flag.severity == "error"
-    assert diagnostics.check_recorded(0.86, 100, 0.91) == []  # 3 sigma of 100 images are 8.6 points
-    assert diagnostics.check_recorded(0.0, 100, 1.0) and diagnostics.check_recorded(1.0, 10_000, 0.91)
+    # sigma of a difference is sqrt(2) times that of one share: 3 of them, of 1000 images each, are 4.1 points at 10 %
+    assert flag.threshold == pytest.approx(0.02 + 3 * (2 * 0.885 * 0.115 / 10_000) ** 0.5, abs=1e-4)
+    assert diagnostics.check_recorded(86, 100, 0.91, 10_000) == []
+    assert diagnostics.check_recorded(8600, 10_000, 0.91, 100) == []  # few validation images say as little
+    assert diagnostics.check_recorded(97, 100, 1.0, 60) == []  # 1.0 of few is not certainty
+    assert diagnostics.check_recorded(0, 100, 1.0, 1000) and diagnostics.check_recorded(9800, 10_000, 0.91, 1000)
 
 
 def test_black_images_are_flagged(network, digit_images):

@@ -11,7 +11,7 @@ from scl_defense_benchmarks.autoattack import AutoAttack
 from scl_defense_benchmarks.results import ROBUST, UNMOVED
 from scl_defense_benchmarks.torchattacks_adapter import APGDCE, APGDDLR, APGDT, FAB, MIFGSM, DeepFool, Square
 from torch import nn
-from victim_networks import DigitsNet, Linear, accuracy
+from victim_networks import Linear, accuracy
 
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
@@ -389,26 +389,6 @@ def test_a_search_that_fails_is_an_attempt(victims, attack):
 
 
 # -- on a network that was trained to be robust
-
-
-@pytest.fixture(scope="module")
-def robust(digits):
-    """DigitsNet trained on one-step examples from random starts, Linf 0.1: neither hopeless nor unbreakable."""
-    images, labels = digits
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        net = DigitsNet()
-        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-        for _ in range(6):
-            for batch in torch.randperm(1400).split(64):
-                threat, generator = ThreatModel("linf", "0.1"), torch.Generator().manual_seed(int(batch[0]))
-                attack = native.PGD(steps=1, rel_step=1.0)
-                made = attack(net, images[batch], labels[batch], threat, generator)
-                loss = F.cross_entropy(net(made), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return net.eval()
 
 
 @pytest.fixture(scope="module")
