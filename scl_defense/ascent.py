@@ -15,6 +15,8 @@ from scl_defense.losses import infonce, ntxent, unit
 from scl_defense.threat import ThreatModel
 
 Objective = Callable[[Tensor], Tensor]
+#: (points (M, C, H, W), rows (M,)) -> values (M,), done (M,) bool: points of the images ``rows``, and a verdict.
+StoppingObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Start = Literal["uniform", "gaussian", "zero"] | Tensor
 Contrastive = Literal["infonce", "ntxent-joint", "align", "supcon"]
 Negatives = Literal["all", "other-classes"]
@@ -27,13 +29,14 @@ def default_rel_step(steps: int) -> float:
 
 
 def ascend(
-    objective: Objective,
+    objective: Objective | StoppingObjective,
     images: Tensor,
     threat: ThreatModel,
     *,
     steps: int,
     rel_step: float | None = None,
     start: Start = "uniform",
+    stopping: bool = False,
     rng: torch.Generator,
 ) -> Tensor:
     """Maximise ``objective`` over the ball around each image; returns the last iterate, detached, shaped as images.
@@ -42,6 +45,9 @@ def ascend(
     meant (the gradient is that of the sum). steps >= 0 updates, each of length ``rel_step * eps`` (default
     2.5 / steps) along the steepest direction, followed by the projection. start: ``uniform`` in the ball,
     ``gaussian`` (0.001 N(0, I)), ``zero``, or a tensor (N, C, H, W).
+
+    stopping: the objective also gets the places of its points in ``images``, and says which of them are done: those
+    stay where they are and are not passed any more.
 
     Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched. Train/eval mode is the
     caller's (see :func:`scl_defense.guard.frozen`). A sample whose gradient is zero or not finite everywhere gets a
@@ -65,16 +71,46 @@ def ascend(
     else:
         raise ComponentError(f"start {start!r} must be uniform, gaussian, zero or a tensor")
     length = threat.radius * (default_rel_step(steps) if rel_step is None else rel_step)
+    left = torch.arange(len(images), device=images.device) if stopping else None
     for _ in range(steps):
-        gradient = _gradient(objective, adversarial)
-        # NaN is no direction; an infinite slope is the largest there is.
-        flat = torch.nan_to_num(gradient.flatten(1), nan=0.0)
-        direction = threat.steepest(flat.view_as(images), adversarial)
-        stuck = flat.abs().amax(1) == 0
-        if stuck.any():  # drawn for the whole batch: the number drawn does not depend on which samples are stuck
-            direction = torch.where(stuck.view(-1, 1, 1, 1), threat.random_direction(images, rng), direction)
-        adversarial = threat.project(images, adversarial + length * direction)
+        if left is None:
+            adversarial = _step(objective, images, adversarial, threat, length, images, rng)
+            continue
+        points, done = adversarial[left], torch.zeros(len(left), dtype=torch.bool, device=images.device)
+
+        def ask(points: Tensor, left: Tensor = left, done: Tensor = done) -> Tensor:
+            values, verdict = objective(points, left)
+            done |= verdict
+            return values
+
+        moved = _step(ask, images[left], points, threat, length, images, rng, left)
+        adversarial = adversarial.index_copy(0, left[~done], moved[~done])
+        left = left[~done]
+        if not len(left):
+            break
     return adversarial
+
+
+def _step(
+    objective: Objective,
+    images: Tensor,
+    points: Tensor,
+    threat: ThreatModel,
+    length: float,
+    whole: Tensor,
+    rng: torch.Generator,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """One step from ``points`` and back into the ball around ``images``; these are the ``rows`` of ``whole``."""
+    gradient = _gradient(objective, points)
+    # NaN is no direction; an infinite slope is the largest there is.
+    flat = torch.nan_to_num(gradient.flatten(1), nan=0.0)
+    direction = threat.steepest(flat.view_as(images), points)
+    stuck = flat.abs().amax(1) == 0
+    if stuck.any():  # drawn for the whole batch: the number drawn does not depend on which samples are stuck
+        drawn = threat.random_direction(whole, rng)
+        direction = torch.where(stuck.view(-1, 1, 1, 1), drawn if rows is None else drawn[rows], direction)
+    return threat.project(images, points + length * direction)
 
 
 def _gradient(objective: Objective, adversarial: Tensor) -> Tensor:

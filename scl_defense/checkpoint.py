@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,13 +20,15 @@ import torch
 from torch import nn
 
 from scl_defense.config import make
-from scl_defense.errors import ComponentError, SclDefenseError, UserError
+from scl_defense.errors import ComponentError, SclDefenseError, UserError, has_controls
 from scl_defense.models import Network
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.threat import ThreatModel
 
 FORMAT = "scl-defense-checkpoint/1"
 _WEIGHTS = ("network", "training", "twin", "optimizer")
+INFLATED = 1 << 28  # bytes; what a zip may unpack to whatever its size (torch stores without compression)
+MOST_LISTS, MOST_PARTS, DEEPEST = 50_000, 10_000_000, 64  # a few bytes can describe more than a machine holds
 _REQUIRED = {
     "network": dict,
     "model": str,
@@ -87,6 +90,17 @@ def atomic_write_bytes(path: str | Path, payload: bytes) -> None:
             temporary.unlink()
 
 
+def sweep(folder: Path, name: str = "") -> None:
+    """Take away temporary files that a killed process left here of files whose names begin so.
+
+    The caller holds the lock of these files: nobody is writing them.
+    """
+    for stale in folder.glob(".*.part"):
+        if re.fullmatch(rf"\.{re.escape(name)}.*\.\d+\.part", stale.name) and stale.is_file():
+            with contextlib.suppress(OSError):
+                stale.unlink()
+
+
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically. ``content``: plain data and tensors; the format's name is added."""
     buffer = io.BytesIO()
@@ -105,6 +119,8 @@ def read_tensors(path: str | Path) -> tuple[Any, str]:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"'{path}' is a directory, not a checkpoint; give the file, for example {path / 'best.pt'}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"'{path}' is no regular file; give a checkpoint, for example runs/NAME/best.pt")
     try:
         payload = path.read_bytes()
     except OSError as error:
@@ -125,7 +141,34 @@ def read_tensors(path: str | Path) -> tuple[Any, str]:
         raise UserError(
             f"'{path}' is not a readable checkpoint: its content is damaged ({type(error).__name__})"
         ) from None
+    if fault := tangled(content):
+        raise UserError(f"'{path}' is not a readable checkpoint: {fault}")
     return content, hashlib.sha256(payload).hexdigest()
+
+
+def tangled(content: Any) -> str | None:
+    """What is wrong with the shape of plain data from a file: too deep, or endless when written out; else ``None``.
+
+    A list that holds one list twice, which holds one list twice, ..., is small in a file and in memory; whoever walks
+    through it (to write it as JSON, to print it) never comes to an end.
+    """
+    waiting, lists, parts = [(content, 1)], 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            continue
+        lists, parts = lists + 1, parts + len(value)
+        if lists > MOST_LISTS or parts > MOST_PARTS or depth > DEEPEST:
+            return f"what it describes is larger than {MOST_LISTS:,} lists or deeper than {DEEPEST} levels"
+        inside = [*value, *value.values()] if isinstance(value, Mapping) else value
+        waiting += [(one, depth + 1) for one in inside if isinstance(one, (Mapping, list, tuple, set, frozenset))]
+    return None
+
+
+def inflated(archive: zipfile.ZipFile, size: int) -> str | None:
+    """Whether a zip of ``size`` bytes claims to unpack to far more: asked before anything is unpacked."""
+    total = sum(member.file_size for member in archive.infolist())
+    return f"it would unpack to {total / 1e9:.3g} GB from {size} bytes" if total > max(INFLATED, 20 * size) else None
 
 
 def _fault_of(payload: bytes) -> str | None:
@@ -139,6 +182,8 @@ def _fault_of(payload: bytes) -> str | None:
         return "it is no zip file as torch.save writes them; is it a checkpoint at all?"
     try:
         with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            if bomb := inflated(archive, len(payload)):
+                return bomb
             bad = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
         return f"it is truncated or damaged ({len(payload)} bytes); copy it again"
@@ -167,6 +212,9 @@ def _malformed(content: dict[str, Any]) -> str | None:
             return f"{name} is a {type(content[name]).__name__}, not a {kind.__name__}"
     if not all(isinstance(value, torch.Tensor) for value in content["network"].values()):
         return "network must hold tensors alone"
+    if any(value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+           for value in content["network"].values()):  # fmt: skip
+        return "network holds a tensor that is larger than its data"
     if not all(isinstance(plugin, dict) and "plugin" in plugin for plugin in content["plugins"]):
         return "plugins must be a list of names and versions"
     shape, mean, std = content["image_shape"], content["mean"], content["std"]
@@ -176,6 +224,11 @@ def _malformed(content: dict[str, Any]) -> str | None:
         return f"mean {mean} and std {std} must be {shape[0]} numbers each"
     if len(content["classes"]) < 2 or not all(isinstance(name, str) for name in content["classes"]):
         return "classes must be at least two names"
+    if odd := next((name for name in content["classes"] if has_controls(name)), None):
+        return f"class {odd!r} holds control characters"
+    head = content["network"].get("classifier.weight")
+    if head is None or head.dim() != 2 or len(content["classes"]) != len(head):
+        return f"it names {len(content['classes'])} classes, not those that its network tells apart"
     try:
         config = json.loads(content["config"])
     except ValueError:
@@ -214,12 +267,13 @@ def load_classifier(
             (p["distribution"] for p in content["plugins"] if p["plugin"] == content.get("model_owner")), None
         )
         raise UserError(f"checkpoint '{path}' needs {error}" + (f"; it came from {origin}" if origin else "")) from None
-    network = Network(model(tuple(content["image_shape"])), len(content["classes"]), content["mean"], content["std"])
     state = {
         name: value
         for name, value in content["network"].items()
         if name.partition(".")[0] in ("normalize", "encoder", "classifier")
     }
+    _check_size(path, model, content, state)
+    network = Network(model(tuple(content["image_shape"])), len(content["classes"]), content["mean"], content["std"])
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -238,6 +292,24 @@ def load_classifier(
         sha256=sha256,
         meta={name: value for name, value in content.items() if name not in _WEIGHTS} | {"config": config},
     )
+
+
+def _check_size(path: Path, model: Any, content: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`UserError` when the described network is larger than the weights in the file, before it is built.
+
+    Options of a few bytes can ask for more memory than the machine has.
+    """
+    try:
+        with torch.device("meta"):  # shapes alone
+            described = model(tuple(content["image_shape"]))
+        asked = sum(tensor.numel() for tensor in described.state_dict().values())
+    except (SclDefenseError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return  # not every model can be built without numbers; building it says what is wrong
+    given = sum(tensor.numel() for tensor in state.values())
+    if asked > 2 * given + 1_000_000:
+        raise UserError(
+            f"the weights in '{path}' do not fit its model: it describes {asked:,} numbers, holds {given:,}"
+        )
 
 
 def _is_ours(path: Path) -> bool:

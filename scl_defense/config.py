@@ -84,6 +84,10 @@ class TrainConfig:
         Field(ge=0, le=1, description="adversarial weight perturbation, relative size (0.005 is usual); 0: off"),
     ] = 0.0
     awp_after: Annotated[float, Field(ge=0, le=1, description="share of all steps before it begins")] = 0.05
+    on_nan: Annotated[
+        Literal["stop", "skip"],
+        Field(description="a loss or gradient that is no number: stop, or leave that batch out (10 in a run at most)"),
+    ] = "stop"
     patience: Annotated[
         int, Field(ge=0, description="stop after so many epochs without a better validation accuracy; 0: never")
     ] = 0
@@ -181,6 +185,7 @@ def construct(cls: type, options: Mapping[str, Any], what: str) -> Any:
         name: value.split("+") if isinstance(value, str) and _is_sequence(hints.get(name)) else value
         for name, value in options.items()
     }
+    _refuse_truths(hints, given, f"{what}: ")
     try:
         return cls(**given)
     except ValidationError as error:
@@ -210,6 +215,15 @@ def with_generator(config: TrainConfig, host: PluginHost) -> TrainConfig:
     return dataclasses.replace(config, generator=name, generator_options={**options, **config.generator_options})
 
 
+def _refuse_truths(hints: Mapping[str, Any], values: Mapping[str, Any], what: str) -> None:
+    """pydantic reads ``true`` as the number 1."""
+    for name, value in values.items():
+        hint = hints.get(name)
+        kinds = (hint, *typing.get_args(hint))
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise UserError(f"{what}option '{name}' should be a number, not {str(value).lower()}")
+
+
 def _is_sequence(hint: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_is_sequence(part) for part in typing.get_args(hint))
@@ -226,13 +240,14 @@ def explain(error: ValidationError, known: list[str]) -> str:
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"option '{name}' is required; give it as {name}=VALUE"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return (
-        f"option '{name}' {message if message.startswith('should') else 'is wrong: ' + message}, not {first['input']!r}"
-    )
+    given = repr(first["input"])
+    given = given if len(given) <= 200 else f"{given[:200]}..."
+    return f"option '{name}' {message if message.startswith('should') else 'is wrong: ' + message}, not {given}"
 
 
 def train_config(values: Mapping[str, Any]) -> TrainConfig:
     """A recipe from names and values. Raises :class:`UserError`, one line."""
+    _refuse_truths(typing.get_type_hints(TrainConfig), values, "")
     try:
         return TrainConfig(**values)
     except ValidationError as error:
@@ -246,6 +261,8 @@ def train_config(values: Mapping[str, Any]) -> TrainConfig:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The values of a TOML recipe. Raises :class:`UserError` when it is missing or no TOML."""
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise UserError(f"config '{path}' is no regular file; give a TOML file")
     try:
         with open(path, "rb") as stream:
             return tomllib.load(stream)
@@ -253,6 +270,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config '{path}' cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config '{path}' is not TOML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise UserError(f"config '{path}' cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def to_toml(values: Mapping[str, Any]) -> str:

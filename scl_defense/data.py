@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scl_defense.augment import Augment
 from scl_defense.config import make
-from scl_defense.errors import ComponentError, SclDefenseError, UserError, nearest
+from scl_defense.errors import ComponentError, SclDefenseError, UserError, has_controls, nearest
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runtime import derive_seed
 from scl_defense.types import Dataset, ImageArrays
@@ -274,6 +274,8 @@ def _checked(what: str, arrays: ImageArrays) -> _Arrays:
         raise UserError(f"{what}: {len(images)} images but {len(labels)} labels; there must be one label an image")
     if len(classes) < 2:
         raise UserError(f"{what}: {len(classes)} class names; at least 2 classes are needed")
+    if odd := next((name for name in classes if has_controls(name)), None):
+        raise UserError(f"{what}: class {odd!r} holds control characters; give the classes other names")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(
             f"{what}: labels run from {labels.min()} to {labels.max()} but there are {len(classes)} classes; "

@@ -1,6 +1,7 @@
 """The only error classes that leave this project on purpose."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -26,6 +27,16 @@ class Interrupted(SclDefenseError):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey: control characters and the like become ``\\x1b`` and so on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def has_controls(text: str) -> bool:
+    """Whether a name holds control characters, escape sequences of terminals among them."""
+    return not text.isprintable() and any(unicodedata.category(c) == "Cc" for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

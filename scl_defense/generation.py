@@ -12,7 +12,7 @@ from scl_defense.errors import ComponentError, SclDefenseError, UserError
 from scl_defense.guard import frozen
 from scl_defense.models import Network
 from scl_defense.plugins import PluginHost
-from scl_defense.runtime import autocast
+from scl_defense.runtime import autocast, out_of_memory
 from scl_defense.threat import ThreatModel
 from scl_defense.types import NEEDS, Batch, Context, Generator, GeneratorBatch, with_labels_hidden
 
@@ -57,9 +57,11 @@ def call(generator: Generator, batch: GeneratorBatch, context: Context) -> Tenso
     """One call, its output checked; what it raises names the component (:class:`ComponentError`)."""
     try:
         adversarial = generator(batch, context)
-    except (SclDefenseError, torch.OutOfMemoryError):
+    except SclDefenseError:
         raise
     except Exception as error:
+        if out_of_memory(error):  # the caller tries again with fewer images
+            raise
         text = " ".join(str(error).split())
         raise ComponentError(f"{context.generator} failed: {type(error).__name__}: {text}") from error
     return check_adversarial(adversarial, batch.views, context.threat, context.generator)

@@ -9,7 +9,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from scl_defense.checkpoint import sweep
 from scl_defense.errors import UserError
+from scl_defense.recovery import BATCH_FILE
 from scl_defense.types import Logger, LogWriter
 
 
@@ -36,10 +38,21 @@ def new_run_dir(out: str | Path, name: str | None, default: str) -> Path:
     raise UserError(f"'{base}' holds too many runs named '{default}'; choose a --name")
 
 
-def remove_if_empty(run_dir: Path) -> None:
-    """Take away the folder of a run that failed before its first checkpoint: it holds nothing to go on with."""
-    if not (run_dir / "last.pt").exists() and not (run_dir / "best.pt").exists():
+def missing_parents(out: str | Path) -> list[Path]:
+    """``out`` and the folders above it that are not there yet, the innermost first."""
+    return [folder for folder in (Path(out), *Path(out).parents) if not folder.exists()]
+
+
+def remove_if_empty(run_dir: Path, above: Sequence[Path] = ()) -> None:
+    """Take away the folder of a run that failed before its first checkpoint: it holds nothing to go on with.
+
+    above: folders that were made for it, the innermost first; they go too where nothing else is in them.
+    """
+    if not any((run_dir / name).exists() for name in ("last.pt", "best.pt", BATCH_FILE)):
         shutil.rmtree(run_dir, ignore_errors=True)
+        for parent in above:
+            with contextlib.suppress(OSError):  # something else came into it
+                parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -55,12 +68,32 @@ def locked(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write in '{run_dir}': {error.strerror}") from None
     try:
+        sweep(run_dir)
         holder.write_text(
             f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n"
         )
         yield
     finally:
         holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def one_writer(path: Path) -> Iterator[None]:
+    """One process a file that is written once. Raises :class:`UserError` when another one is making it."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is making '{path}'; wait for it or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write beside '{path}': {error.strerror}; choose another --out") from None
+    try:
+        sweep(path.parent, path.name)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
         lock.release()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from scl_defense.errors import ComponentError, UserError, nearest
+from scl_defense.errors import ComponentError, UserError, has_controls, nearest
 
 KINDS = ("generator", "trainer", "attack", "model", "dataset", "logger")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*(:[a-z0-9][a-z0-9.-]*)*")
@@ -70,7 +70,7 @@ class Registry:
             raise ValueError(f"{self.kind} name {name!r} must be lower case letters, digits, dots and dashes")
         if not (inspect.isclass(target) or (isinstance(target, str) and _TARGET.fullmatch(target))):
             raise TypeError(f"target of {self.kind} '{name}' must be a class or 'module:Class', not {target!r}")
-        if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
+        if not isinstance(summary, str) or not summary.strip() or has_controls(summary):
             raise ValueError(f"summary of {self.kind} '{name}' must be one non-empty line")
         same = self._entries.setdefault(name, [])
         if any(entry.owner.name == owner.name for entry in same):

@@ -123,6 +123,8 @@ class StoredExamples:
 def _read(path: Path) -> _Content:
     if path.is_dir():
         raise UserError(f"examples '{path}' are a directory; give the file, written by scl-defense generate")
+    if path.exists() and not path.is_file():
+        raise UserError(f"examples '{path}' are no regular file; give the file, written by scl-defense generate")
     try:
         payload = path.read_bytes()
     except OSError as error:

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.optim import Optimizer
+
 from scl_defense import checkpoint
 from scl_defense.config import as_dict
 from scl_defense.errors import UserError
@@ -15,6 +18,8 @@ from scl_defense.runtime import versions
 if TYPE_CHECKING:
     from scl_defense.train import Run
 
+_MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}
+
 
 @dataclass
 class Progress:
@@ -22,6 +27,8 @@ class Progress:
     validation images of the kept checkpoint; seconds: spent.
 
     stopped: ended early, for want of progress. passes: (forwards, backwards) an image, of the last whole epoch.
+    parts: in how many a batch is taken, since memory ran out. skipped, skipped_now: batches that were left out, because
+    their loss or gradient was no number; in this epoch.
     """
 
     epoch: int = 0
@@ -31,6 +38,9 @@ class Progress:
     seconds: float = 0.0
     stopped: bool = False
     passes: tuple[float, float] = (0.0, 0.0)
+    parts: int = 1
+    skipped: int = 0
+    skipped_now: int = 0
 
 
 def save(run: "Run", path: Path) -> None:
@@ -74,14 +84,66 @@ def restore(run: "Run", state: Mapping[str, Any]) -> None:
     if state["generator"] != repr(run.generator):  # stored examples know their file
         raise UserError(f"generator '{run.config.generator}' is not what this run began with; start a new run")
     run.mean, run.std = tuple(state["mean"]), tuple(state["std"])
-    run.network.load_state_dict(state["network"] if run.average is None else state["training"])
-    if run.average is not None:
-        run.average.load_state_dict({"network": state["network"], "updates": state["averages"]})
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.twin is not None:
-        run.twin.load_state_dict(state["twin"])
+    try:
+        run.network.load_state_dict(state["network"] if run.average is None else state["training"])
+        if run.average is not None:
+            run.average.load_state_dict({"network": state["network"], "updates": state["averages"]})
+        _check_optimizer(run.optimizer, state["optimizer"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if run.twin is not None:
+            run.twin.load_state_dict(state["twin"])
+    except Exception as error:  # torch has one for each way in which a state is not of this network
+        text = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"this checkpoint is not of the run that its recipe describes ({type(error).__name__}: {text}); resume "
+            "from another one, or start a new run"
+        ) from None
     names = [part.name for part in fields(Progress) if part.name in state]  # an older file knows fewer
     run.progress = Progress(**{name: copy.copy(state[name]) for name in names})
+
+
+def _check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless these are moments of this optimizer: torch looks when it steps, not when it loads."""
+    own = optimizer.state_dict()["param_groups"]
+    for mine, theirs in zip(own, saved["param_groups"], strict=True):
+        for name in mine.keys() - {"lr", "initial_lr"}:
+            if theirs[name] != mine[name]:
+                raise ValueError(f"its optimizer has another {name}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, moments in saved["state"].items():
+        if moments.keys() != _MOMENTS[type(optimizer).__name__]:
+            raise ValueError("its optimizer keeps other moments")
+        for name, value in moments.items():
+            shape = torch.Size() if name == "step" else parameters[place].shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} of its optimizer does not belong to this network")
+
+
+def _lacking(content: Mapping[str, Any]) -> str | None:
+    """The first entry without which nothing can go on, or that is of another kind; ``None``: all are there."""
+    numbers = {name: (float, int) for name in ("clean", "robust", "epoch", "images")}
+    for name, kind in {
+        "optimizer": dict, "data_sha256": str, "generator": str, "epoch": int, "step": int, "sums": dict, "best": dict,
+        "seconds": (float, int),
+    }.items():  # fmt: skip
+        if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
+            return name
+    if content["epoch"] < 0 or content["step"] < 0 or not isinstance(content.get("stopped", False), bool):
+        return "its place in the run"
+    if not all(isinstance(value, (float, int)) for value in content["sums"].values()):
+        return "sums"
+    if content["best"] and not all(isinstance(content["best"].get(name, 0), kind) for name, kind in numbers.items()):
+        return "best"
+    if content["epoch"] and not {"epoch", "clean", "robust"} <= content["best"].keys():
+        return "best"
+    passes = content.get("passes", (0.0, 0.0))
+    if len(passes) != 2 if isinstance(passes, (list, tuple)) else True:
+        return "passes"
+    counts = [content.get(name, 1) for name in ("parts", "skipped", "skipped_now")]
+    if not all(isinstance(count, int) and 0 <= count <= 1 << 20 for count in counts) or counts[0] < 1:
+        return "how its batches are taken"
+    config = json.loads(content["config"])
+    return None if isinstance(config.get("epochs"), int) else "config"
 
 
 def read(run: Path) -> tuple[Path, dict[str, Any]]:
@@ -92,6 +154,8 @@ def read(run: Path) -> tuple[Path, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"there is nothing to resume in '{run}': {path.name} is missing; start the run again")
     content, _ = checkpoint.read(path)
+    if lacking := _lacking(content):
+        raise UserError(f"checkpoint '{path}' cannot be resumed: {lacking} is missing or damaged; start a new run")
     best = path.parent / "best.pt"
     if content["epoch"] >= json.loads(content["config"])["epochs"] or content.get("stopped"):
         raise UserError(f"run '{path.parent}' is finished: all {content['epoch']} epochs are done; benchmark {best}")

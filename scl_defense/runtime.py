@@ -76,6 +76,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
 class StopRequest:
     """The first SIGINT or SIGTERM asks for a stop at the next safe point; a second one stops at once."""
 

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
-from scl_defense import compose
+from scl_defense import compose, logs
 from scl_defense.checkpoint import atomic_write_bytes
 from scl_defense.config import construct
 from scl_defense.data import Augment, Split, open_data
@@ -110,7 +110,8 @@ def generate_examples(
         if dry_run:
             return maker.plan()
         path = _free_place(Path(out) if out is not None else Path("examples", f"{_default_name(recipe)}"), force)
-        return maker.write(path)
+        with logs.one_writer(path):
+            return maker.write(path)
 
 
 def _default_name(recipe: ExamplesRecipe) -> str:
@@ -153,6 +154,7 @@ class _Maker:
         if eps is None:
             raise UserError(f"no usual {recipe.norm} radius is known for '{recipe.data}'; give one with --eps 8/255")
         self.threat = ThreatModel(recipe.norm, eps)
+        self.threat.check_fits(self.data.image_shape)
         if hasattr(self.generator, "prepare"):
             self.generator.prepare(self.data, self.threat)
         self.split = self._split()

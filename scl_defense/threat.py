@@ -5,6 +5,7 @@ Nobody outside this module clamps an adversarial image. All images are float ten
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -79,6 +80,21 @@ class ThreatModel:
     @property
     def radius(self) -> float:
         return float(parse_eps(self.eps))
+
+    def check_fits(self, image_shape: Sequence[int]) -> None:
+        """Raise :class:`UserError` when the ball holds the whole box of images (C, H, W) wherever its centre is.
+
+        Such a radius (8 for 8/255, 255) constrains nothing; a radius of just that size is allowed.
+        """
+        channels, height, width = image_shape
+        pixels = height * width
+        numbers = channels * pixels
+        largest = {"linf": 1.0, "l2": math.sqrt(numbers), "l1": float(numbers), "l0": float(pixels)}[self.norm]
+        if self.radius > largest * (1 + 1e-9):
+            raise UserError(
+                f"eps {self.eps} under {self.norm} is the whole box of images {tuple(image_shape)}: nothing is farther "
+                f"than {largest:g}; images lie in [0, 1], give a smaller radius"
+            )
 
     # -- measuring
 

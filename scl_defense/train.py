@@ -23,18 +23,20 @@ from scl_defense import checkpoint, logs, probe, runstate
 from scl_defense.compose import make_generator
 from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config, with_generator
 from scl_defense.data import Augment, open_data
-from scl_defense.errors import ComponentError, Interrupted, UserError
+from scl_defense.errors import ComponentError, Interrupted, SclDefenseError, UserError
 from scl_defense.generation import generate, saved_encoder
 from scl_defense.guard import global_random_state
 from scl_defense.models import Network, Twin
 from scl_defense.optim import adversarial_weights, make_optimizer
 from scl_defense.passes import counted
 from scl_defense.plugins import PluginHost, default_host
+from scl_defense.recovery import MOST_SKIPPED, Made, NotFinite, cut, gradient_norm, joined, save_batch
 from scl_defense.runstate import Progress
 from scl_defense.runtime import (
     StopRequest,
     autocast,
     derive_seed,
+    out_of_memory,
     repeatable,
     select_device,
     stop_on_signal,
@@ -46,6 +48,7 @@ from scl_defense.types import Batch, Context, StepOutput
 
 CALIBRATION = 256  # images that model-free generators may measure their feature space on
 Event = Callable[[Mapping[str, Any]], None]
+View = Callable[[Tensor, int], Tensor]  # (images, number) -> one augmented view of them
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def train(
             run.start_from(config.init)
         if dry_run:
             return run.plan()
+        above = logs.missing_parents(config.out)
         if state is None:
             run_dir = logs.new_run_dir(config.out, config.name, run.default_name())
         try:
@@ -113,7 +117,7 @@ def train(
                 return run.run(run_dir, stop)
         finally:
             if state is None:  # a folder that this call made: a resumed run's folder is never taken away
-                logs.remove_if_empty(run_dir)
+                logs.remove_if_empty(run_dir, above)
 
 
 class Run:
@@ -133,6 +137,7 @@ class Run:
         if eps is None:
             raise UserError(f"no usual {config.norm} radius is known for '{config.data}'; give one with --eps 8/255")
         self.threat = ThreatModel(config.norm, eps)
+        self.threat.check_fits(self.data.image_shape)
         if hasattr(self.generator, "prepare"):
             self.generator.prepare(self.data, self.threat)
         self.train_split = self.data.split(
@@ -162,6 +167,7 @@ class Run:
         chosen = torch.randperm(len(self.train_split), generator=stream(config.seed, "calibration"))[:CALIBRATION]
         self.calibration = self.train_split.float_images(chosen.to(self.device))
         self.cache: dict[Any, Any] = {}
+        self.run_dir: Path | None = None
 
     def default_name(self) -> str:
         config = self.config
@@ -192,6 +198,7 @@ class Run:
     # -- the loop
 
     def run(self, run_dir: Path, stop: StopRequest) -> TrainResult:
+        self.run_dir = run_dir
         log = logs.RunLog(self.loggers, run_dir, as_dict(self.config), self.progress.epoch)
         checkpoint.atomic_write_bytes(run_dir / "config.toml", to_toml(as_dict(self.config)).encode())
         try:
@@ -200,8 +207,7 @@ class Run:
                     runstate.save(self, run_dir / "last.pt")
                     command = f"scl-defense train --resume {shlex.quote(str(run_dir))}"
                     raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum)
-                record = self.finish_epoch(run_dir)
-                log.log(record)
+                record = self.finish_epoch(run_dir, log)
                 self.on_event({"event": "epoch", "epochs": self.config.epochs, **record})
         finally:
             log.close()
@@ -224,11 +230,15 @@ class Run:
             progress.step += 1
             progress.seconds += time.perf_counter() - started
             self.on_event({"event": "step", "epoch": epoch, "epochs": self.config.epochs, "step": progress.step,
-                           "steps": self.steps, "loss": progress.sums["loss"] / progress.step,
+                           "steps": self.steps, "loss": self.mean_loss(),
                            "images_per_s": self.batch_size / (time.perf_counter() - started)})  # fmt: skip
             if stop:
                 return False
         return True
+
+    def mean_loss(self) -> float:
+        """Of this epoch so far."""
+        return self.progress.sums.get("loss", 0.0) / max(1, self.progress.step - self.progress.skipped_now)
 
     def training_mode(self) -> None:
         self.network.train()
@@ -247,56 +257,128 @@ class Run:
 
             views = torch.stack([view(images, number) for number in range(self.trainer.views)])
             batch = Batch(views, self.train_split.labels[chosen], images, self.train_split.indices[chosen])
-            adversarial = self.generate(batch, epoch, step, view)
             done, steps = epoch * self.steps + step, self.config.epochs * self.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, done, steps)
-            if self.config.awp and done >= self.config.awp_after * steps:
-                output = self.perturbed_step(batch, adversarial, epoch, step)
-            else:
-                output = self.backward(batch, adversarial, epoch, step)
+            perturb = bool(self.config.awp) and done >= self.config.awp_after * steps
+            output, adversarial = self.gradients(batch, epoch, step, view, perturb)
+            if output is None:
+                return {}
             if self.config.clip:
                 nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)  # here: the generator finds no gradients that it could disturb
+            seen = views[0, : -(-len(images) // self.progress.parts)]
             if self.twin is not None:
-                self.twin.update(self.network, views[0])
+                self.twin.update(self.network, seen)
             if self.average is not None:
-                self.average.update(self.network, views[0])
+                self.average.update(self.network, seen)
         metrics = {name: float(value) for name, value in output.metrics.items()}
         cost = {"forwards": passes.forwards / len(images), "backwards": passes.backwards / len(images)}
         loss = float(output.loss.detach())
         return {"loss": loss, "adversarial_views": float(len(adversarial)), **cost, **metrics}
 
-    def backward(self, batch: Batch, adversarial: Tensor, epoch: int, step: int) -> StepOutput:
+    def gradients(self, batch: Batch, epoch: int, step: int, view: View, perturb: bool) -> tuple[Any, Tensor]:
+        """The trainer's output and the adversarial views; gradients are in the parameters. ``None``: a batch left out.
+
+        When memory runs out, the same images are taken in twice as many parts, from here on. Gradients add up to one
+        step, so that the schedule stays; what a loss compares are then the images of a part.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        made = Made([])
+        while True:
+            made.parts.clear()
+            try:
+                for number, part in enumerate(cut(batch, self.progress.parts)):
+                    made.parts.append((part, self.generate(part, epoch, step, view, number)))
+                output = self.perturbed(made, epoch, step) if perturb else self.backward(made, epoch, step)
+                if not math.isfinite(norm := gradient_norm(self.network)):
+                    raise NotFinite(f"gradient of trainer '{self.config.trainer}' is {norm}")
+                return output, made.adversarial
+            except NotFinite as error:
+                self.forget(buffers)
+                self.not_finite(error.what, batch, made, epoch, step)
+                return None, made.adversarial
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # it holds the tensors that did not fit
+            self.forget(buffers)
+            self.take_less(len(batch.labels))
+
+    def forget(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """As if the step had not been begun: no gradients, the buffers (batch-norm statistics) as they were."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+    def take_less(self, images: int) -> None:
+        """Twice as many parts a batch, said once."""
+        parts = 2 * self.progress.parts
+        if images < 2 * parts:
+            raise SclDefenseError(
+                f"memory ran out with {-(-images // self.progress.parts)} images at a time, and fewer cannot be "
+                "compared; the last checkpoint is kept; choose a smaller model or a cheaper generator"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.progress.parts == 1:
+            self.on_event({"event": "note", "text": f"memory ran out with {images} images at a time: a step takes them "
+                           "in parts from here on, and a loss compares the images of a part (a smaller --batch-size "
+                           "compares as few)"})  # fmt: skip
+        self.progress.parts = parts
+
+    def not_finite(self, what: str, batch: Batch, made: Made, epoch: int, step: int) -> None:
+        """Stop with the batch saved for inspection, or count it as left out, as the recipe says."""
+        progress, config = self.progress, self.config
+        where, kept = f"at epoch {epoch}, step {step}", ""
+        if self.run_dir is not None and made.parts:
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            path = save_batch(self.run_dir, batch, made.adversarial, what=what, epoch=epoch, step=step, lr=rate,
+                              seed=config.seed, trainer=config.trainer, generator=str(config.generator))  # fmt: skip
+            kept = f"; its batch is in '{path}'"
+        spent = progress.skipped >= MOST_SKIPPED or progress.skipped_now + 1 >= self.steps
+        if config.on_nan == "stop" or spent:
+            also = f" ({progress.skipped} batches were left out before)" if progress.skipped else ""
+            raise ComponentError(
+                f"the {what} {where}{also}; the last checkpoint is kept{kept}; try a lower --lr than {config.peak_lr:g}"
+            )
+        progress.skipped, progress.skipped_now = progress.skipped + 1, progress.skipped_now + 1
+        text = f"the {what} {where}: this batch is left out, number {progress.skipped} of at most {MOST_SKIPPED}{kept}"
+        self.on_event({"event": "note", "text": text})
+
+    def backward(self, made: Made, epoch: int, step: int) -> StepOutput:
         """The trainer's loss, checked, and its gradients."""
         torch.manual_seed(derive_seed(self.config.seed, "network", epoch, step))  # dropout, if the model has any
-        with autocast(self.device, self.config.precision):
-            output = self.trainer.step(self.network, batch, adversarial)
-        loss = float(output.loss.detach())
-        if not math.isfinite(loss):
-            raise ComponentError(
-                f"the loss of trainer '{self.config.trainer}' is {loss} at epoch {epoch}, step {step}; "
-                f"the last checkpoint is kept; try a lower --lr than {self.config.peak_lr:g}"
-            )
-        output.loss.backward()
-        return output
+        images, outputs = sum(len(part.labels) for part, _ in made.parts), []
+        for part, adversarial in made.parts:
+            with autocast(self.device, self.config.precision):
+                output = self.trainer.step(self.network, part, adversarial)
+            loss = float(output.loss.detach())
+            if not math.isfinite(loss):
+                raise NotFinite(f"loss of trainer '{self.config.trainer}' is {loss}")
+            share = len(part.labels) / images
+            (share * output.loss).backward()
+            outputs.append((share, StepOutput(output.loss.detach(), output.metrics)))
+        return joined(outputs)
 
-    def perturbed_step(self, batch: Batch, adversarial: Tensor, epoch: int, step: int) -> StepOutput:
+    def perturbed(self, made: Made, epoch: int, step: int) -> StepOutput:
         """Gradients at weights moved up the loss (AWP); batch-norm statistics see the batch once."""
         before = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        self.backward(batch, adversarial, epoch, step)
+        self.backward(made, epoch, step)
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
         with adversarial_weights(self.network, self.config.awp):
-            return self.backward(batch, adversarial, epoch, step)
+            return self.backward(made, epoch, step)
 
-    def generate(self, batch: Batch, epoch: int, step: int, view: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def generate(self, batch: Batch, epoch: int, step: int, view: View, part: int = 0) -> Tensor:
         """(A, N, C, H, W) adversarial views, made with what the generator declared and checked on every batch."""
+        counters = (epoch, step, part) if part else (epoch, step)
         context = Context(
             threat=radius_at(self.config, self.threat, epoch * self.steps + step, self.config.epochs * self.steps),
-            rng=stream(self.config.seed, "generator", epoch, step),
+            rng=stream(self.config.seed, "generator", *counters),
             calibration=self.calibration,
             epoch=epoch,
             step=step,
@@ -315,8 +397,11 @@ class Run:
             self.generator, batch, context, network=self.network, encoder=encoder, precision=precision, saved=saved
         )
 
-    def finish_epoch(self, run_dir: Path) -> dict[str, Any]:
-        """Validate, keep the best checkpoint (see :meth:`is_better`), save the last one."""
+    def finish_epoch(self, run_dir: Path, log: logs.RunLog) -> dict[str, Any]:
+        """Validate, keep the best checkpoint (see :meth:`is_better`), log the epoch, save the last checkpoint.
+
+        In this order: a run that is killed in between does this epoch again, and its loggers drop what they have of it.
+        """
         progress, epoch = self.progress, self.progress.epoch
         started = time.perf_counter()
         kept = self.kept()
@@ -329,20 +414,22 @@ class Run:
             steps=self.config.val_steps,
             rng=stream(self.config.seed, "val", epoch),
         )
-        record = {name: value / self.steps for name, value in progress.sums.items()}
+        record = {name: value / (self.steps - progress.skipped_now) for name, value in progress.sums.items()}
         better = self.is_better(clean, robust)
         if better:
             progress.best = {"epoch": epoch, "clean": clean, "robust": robust, "images": len(self.val_split)}
         progress.passes = (record["forwards"], record["backwards"])
-        progress.epoch, progress.step, progress.sums = epoch + 1, 0, {}
+        progress.epoch, progress.step, progress.sums, progress.skipped_now = epoch + 1, 0, {}, 0
         progress.stopped = bool(self.config.patience) and epoch - progress.best["epoch"] >= self.config.patience
         progress.seconds += time.perf_counter() - started
         if better:
             runstate.save(self, run_dir / "best.pt")
-        runstate.save(self, run_dir / "last.pt")
         rate = self.optimizer.param_groups[0]["lr"]
         record |= {"val_clean": clean, "val_robust": robust, "seconds": round(progress.seconds, 3), "lr": rate}
-        return {"epoch": epoch, **record}
+        record = {"epoch": epoch, **record}
+        log.log(record)
+        runstate.save(self, run_dir / "last.pt")
+        return record
 
     def kept(self) -> Network:
         """The network that is validated and saved: the one in training, or its weight average."""

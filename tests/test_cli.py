@@ -250,7 +250,8 @@ def test_a_benchmark_destroys_nothing_and_says_so_before_it_attacks(capsys, tmp_
     before = best.read_bytes()
     base = ["benchmark", best, "--attacks", "native:fgsm", "--n", "20"]
     for out, message in (
-        (best, "is no benchmark result"),
+        (best, "is the checkpoint, which is read"),
+        (tmp_path / "a" / "metrics.jsonl", "is no benchmark result"),
         (tmp_path, "is a directory"),
         ("/proc/no/x.json", "cannot make the folder"),
     ):
@@ -375,9 +376,23 @@ def test_what_a_pipeline_demands_of_a_benchmark(capsys, tmp_path):
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert "is below --fail-under 0.9" in captured.err and found["mode"] == "cascade" and found["eps"] == "0.9"
-    assert [case["eps"] for case in found["worst_cases"]] == ["0.9", "0"] and found["attacks"][0]["restarts"] == 2
+    assert [case["eps"] for case in found["worst_cases"]] == ["0", "0.9"] and found["attacks"][0]["restarts"] == 2
     assert len(table.read_text().splitlines()) == 1 + 2 * 20
     grave = {flag["id"] for flag in found["flags"] if flag["severity"] == "error"}
     assert run([*curve, "--fail-under", "0", "--strict"]) == (1 if grave else 0)
+    assert run([*curve, "--fail-under", "0"]) == (1 if grave else 0)  # at chance: no number to go by
+    assert grave == {"clean-accuracy-at-chance"}
+    capsys.readouterr()
+    # How many at a time reaches no number and no file name; what attacks run in is part of the question.
+    assert run([*curve, "--workers", "2"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["worst_cases"] == found["worst_cases"] and again["file"] == found["file"] and again["workers"] == 2
+    assert run([*curve, "--precision", "bf16"]) == 0
+    half = json.loads(capsys.readouterr().out)
+    assert half["precision"] == "bf16" and half["attacks"][0]["precision"] == "bf16+fp32"
+    assert half["file"] != found["file"]
     assert not list((tmp_path / "a").glob("best-benchmark-*.state*"))
     assert not list((tmp_path / "a").glob("best-benchmark-*.lock"))
+    # Nothing was tried: no success, whatever was demanded.
+    assert run([*base, "--time-limit", "0.000001", "--seed", "5"]) == 1
+    assert "no attack was run" in capsys.readouterr().err

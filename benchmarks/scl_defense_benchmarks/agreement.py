@@ -151,6 +151,8 @@ def _versions(
         attack = make(host, "attack", name, request.options)
         if not isinstance(attack, Attack):
             raise ComponentError(f"attack '{name}' must be callable and have norms, minimal and access")
+        if getattr(attack, "early_stop", False) and dataclasses.is_dataclass(attack):
+            attack = dataclasses.replace(attack, early_stop=False)  # the libraries go on with a fooled image too
         versions.append((name, attack))
     norm = request.norm or threat.norm
     common = frozenset.intersection(*(frozenset(attack.norms) for _, attack in versions))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from scl_defense.errors import UserError
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
+from scl_defense_benchmarks.draws import image_by_image
 from scl_defense_benchmarks.fields import Limit, RandomStart, RelStep, Steps, Targets
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import library_call, without_logging_setup
@@ -37,6 +38,7 @@ from scl_defense_benchmarks.shims import (
     nearest_wrong,
     off_the_walls,
     pulled_back,
+    pushed_out,
     random_wrong,
     smallest_success,
 )
@@ -292,11 +294,11 @@ class Simba:
         ``threat`` bounds nothing here: the distance is measured by the evaluation.
         """
         settings = {"attack": "px", "max_iter": self.steps, "epsilon": self.step, "batch_size": 1, "verbose": False}
-        made = [
-            _call(lambda net: SimBA(net, **settings), classifier, image[None], label[None], rng, shim=Softened)
-            for image, label in zip(images, labels, strict=True)
-        ]
-        return torch.cat(made) if made else images.clone()
+
+        def call(image: Tensor, label: Tensor, own: torch.Generator) -> Tensor:
+            return _call(lambda net: SimBA(net, **settings), classifier, image, label, own, shim=Softened)
+
+        return image_by_image(call, images, labels, rng)
 
 
 @component
@@ -370,18 +372,19 @@ def _from_starts(
     norm: str,
     rng: torch.Generator,
 ) -> Tensor:
-    """A decision attack from random images of another label; the image itself where none is found."""
-    best, labels = images.clone(), labels.long()
-    if len(images) == 0:
-        return best
-    start, found = random_wrong(classifier, images, labels, rng)
-    with torch.no_grad():  # an image that is wrong already is its own nearest example
-        found &= decide(logits_of(classifier, images)) == labels
-    if found.any():
-        given, truth = images[found], labels[found]
-        made = _call(build, classifier, given, truth, rng, shim=LibraryNetwork, x_adv_init=start[found])
-        best[found] = nearest_wrong(classifier, given, truth, [start[found], made], norm)[0]
-    return best
+    """A decision attack from random images of another label, image by image; the image itself where none is found."""
+
+    def call(image: Tensor, label: Tensor, own: torch.Generator) -> Tensor:
+        start, found = random_wrong(classifier, image, label, own)
+        with torch.no_grad():  # an image that is wrong already is its own nearest example
+            found &= decide(logits_of(classifier, image)) == label
+        if not found:
+            return image.clone()
+        made = _call(build, classifier, image, label, own, shim=LibraryNetwork, x_adv_init=start)
+        ends = [pushed_out(classifier, image, label, end) for end in (start, made)]
+        return nearest_wrong(classifier, image, label, ends, norm)[0]
+
+    return image_by_image(call, images, labels.long(), rng)
 
 
 @component

@@ -1,10 +1,10 @@
 """One attack of a battery: run on chunks under guard, judged, and summed up as a row; and all of them together."""
 
-import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from scl_defense_benchmarks.draws import RowsOf
 from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
+from scl_defense_benchmarks.loans import Loan, Passes
 from scl_defense_benchmarks.results import AttackRow, WorstCase
 from scl_defense_benchmarks.state import State
 from scl_defense_benchmarks.statistics import wilson
+from scl_defense_benchmarks.twin import CHECKED, Choice, precision_of, rounds
 from scl_defense_benchmarks.verdicts import check_returned, judge
 
 #: Called before an attack and after every chunk with the attack's label, images done, images in all.
@@ -34,21 +36,28 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Target:
-    """What is attacked. images: (N, C, H, W) in [0, 1]; labels, correct: (N,), correct: rightly classified unharmed."""
+    """What is attacked. images: (N, C, H, W) in [0, 1]; labels, correct: (N,), correct: rightly classified unharmed.
+    repeatable: a forward pass draws nothing, so that chunks may be attacked side by side.
+    """
 
     network: nn.Module
     images: Tensor
     labels: Tensor
     correct: Tensor
+    repeatable: bool = False
 
 
 @dataclass
 class Budget:
-    """What is left to spend. batch_size: images at a time, halved when memory runs out; deadline: monotonic seconds."""
+    """What is left to spend. batch_size: images at a time, halved when memory runs out; deadline: monotonic seconds.
+    precision: what attacks may run in (see :func:`scl_defense_benchmarks.twin.rounds`). workers: chunks side by side.
+    """
 
     batch_size: int
     deadline: float | None = None
     halved: bool = False
+    precision: Choice = "fp32"
+    workers: int = 1
 
     def left(self) -> float:
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
@@ -63,8 +72,9 @@ class Tally:
     """What is known of an attack, image by image, (N,) on the CPU.
 
     tried: there is a verdict. rounded: fools as an 8-bit image too. inside: (T, N) an example of it lies in the ball of
-    that number and fools. predicted: the label of the example, -1 unless it fools. forwards, backwards: of the image's
-    chunk, shared equally. skipped: (N,) not attacked, because broken before.
+    that number and fools. predicted: the label of the example, -1 unless it fools. forwards: what the image paid, as
+    far as that can be told (see :class:`scl_defense_benchmarks.loans.Passes`); backwards: of its chunk, shared equally.
+    skipped: (N,) not attacked, because broken before.
     """
 
     tried: Tensor
@@ -108,7 +118,7 @@ class Tally:
             self.inside[ball, places] = _bits(text)
         self.distance[places] = torch.tensor(record["distance"], dtype=torch.float64)
         self.predicted[places] = torch.tensor(record["predicted"], dtype=torch.int64)
-        self.forwards[places] = record["forwards"] / max(len(places), 1)
+        self.forwards[places] = torch.tensor(record["paid"], dtype=torch.float64)
         self.backwards[places] = record["backwards"] / max(len(places), 1)
         self.traceable &= record["traceable"]
         self.wrote_input |= record["wrote_input"]
@@ -126,16 +136,6 @@ class Attempt:
     number: int
     tally: Tally
     moved: Tensor
-
-
-@dataclass
-class _Passes:
-    """What an attack's calls cost, and which images of the call in progress ever had a usable gradient."""
-
-    forwards: int = 0
-    backwards: int = 0
-    witness: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    traceable: bool = True  # every backward pass so far had as many rows as the call
 
 
 def attempt(
@@ -162,6 +162,7 @@ def attempt(
     balls: those of the worst cases, this attack's among them.
     """
     balls, state = tuple(balls) or (planned.threat,), state or State(None, {})
+    planned = planned if target.repeatable else _patient(planned)
     n = len(target.correct)
     tally, correct = Tally.empty(n, len(balls)), target.correct.cpu()
     kept = examples is not None and examples.has(number)
@@ -186,8 +187,10 @@ def attempt(
             missing.append((chunk, places))
     if progress is not None:
         progress(planned.label, done, total)
-    with _lent(target.network) as (network, passes):
-        for chunk, places in missing:
+    shared = target.repeatable and getattr(planned.attack, "parallel", False)
+    workers = max(1, min(budget.workers, len(missing))) if shared else 1
+    with _Crew(target, workers) as crew:
+        for wave in _waves(missing, workers):
             if tally.fault:
                 break
             # A chunk is never cut short: one that would not fit any more is not begun, nor the attack's rest.
@@ -195,78 +198,130 @@ def attempt(
                 tally.unfinished = f"time limit: {done} of {total} images were attacked"
                 break
             started = time.monotonic()
-            record = _attack_chunk(
-                target, planned, network(), passes, places, chunk, number, balls, seed, budget, examples
-            )
-            spent, fresh = spent + time.monotonic() - started, fresh + len(places)
-            state.put(number, chunk, record)
-            tally.add(record)
-            done += len(places)
+            found = crew.attack(planned, wave, number, balls, seed, budget)
+            spent, fresh = spent + time.monotonic() - started, fresh + sum(len(places) for _, places in wave)
+            for (chunk, places), (record, best) in zip(wave, found, strict=True):
+                if examples is not None and "1" in record["tried"]:
+                    tried = _bits(record["tried"])
+                    examples.put(number, places[tried], best[tried.to(best.device)])
+                record["saved"] = examples is not None
+                state.put(number, chunk, record)
+                tally.add(record)
+                done += len(places)
             if progress is not None:
                 progress(planned.label, done, total)
     if tally.changed_weights:
         tally.fault = tally.fault or "it changed the network's weights (of its copy; nothing was judged on that)"
-    return summed_up(planned, target, tally, carried, number)
+    found = summed_up(planned, target, tally, carried, number)
+    ran_in = precision_of(planned, budget.precision, target.images.device)
+    return dataclasses.replace(found, row=dataclasses.replace(found.row, precision=ran_in))
 
 
-@contextmanager
-def _lent(original: nn.Module) -> Iterator[tuple[Callable[[], nn.Module], _Passes]]:
-    """A copy of the network, made when first asked for, with its passes counted.
+def _patient(planned: PlannedAttack) -> PlannedAttack:
+    """The attack without its early stop: of a network that draws, one wrong answer is no success."""
+    if getattr(planned.attack, "early_stop", False) and dataclasses.is_dataclass(planned.attack):
+        return dataclasses.replace(planned, attack=dataclasses.replace(planned.attack, early_stop=False))
+    return planned
 
-    The judged network is never in an attack's hands: hooks, modules and weights that it leaves behind are its own.
-    """
-    passes, made = _Passes(), []
 
-    def network() -> nn.Module:
-        if not made:
-            made.append(copy.deepcopy(original))
-            made.append(_watch_passes(made[0], passes))
-        return made[0]
+_Wave = Sequence[tuple[int, Tensor]]  # chunks by number, each with the places of its images
 
-    try:
-        yield network, passes
-    finally:
-        for handle in made[1] if made else ():
-            handle.remove()
+
+def _waves(missing: _Wave, workers: int) -> list[_Wave]:
+    """Chunks that are attacked side by side; what is left over at the end is shared by fewer."""
+    return [missing[start : start + workers] for start in range(0, len(missing), workers)]
+
+
+class _Crew:
+    """Workers with a loan each. With one of them nothing runs in another thread."""
+
+    def __init__(self, target: Target, workers: int):
+        self.target = target
+        self.loans = [Loan(target.network, target.images[:CHECKED]) for _ in range(workers)]
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for loan in self.loans:
+            loan.close()
+
+    def attack(
+        self, planned: PlannedAttack, wave: _Wave, number: int, balls: Sequence[ThreatModel], seed: int, budget: Budget
+    ) -> list[tuple[dict[str, Any], Tensor]]:
+        """The record and the examples of every chunk of the wave, in its order."""
+
+        def one(loan: Loan, chunk: int, places: Tensor, alone: bool) -> tuple[dict[str, Any], Tensor]:
+            return _attack_chunk(self.target, planned, loan, places, chunk, balls, seed, budget, alone)
+
+        if len(wave) == 1:
+            return [one(self.loans[0], *wave[0], True)]
+        threads = torch.get_num_threads()
+
+        def on_worker(loan: Loan, chunk: int, places: Tensor) -> tuple[dict[str, Any], Tensor]:
+            torch.set_num_threads(max(1, threads // len(wave)))
+            with torch.no_grad():
+                return one(loan, chunk, places, False)
+
+        began = time.perf_counter()
+        try:
+            with ThreadPoolExecutor(len(wave)) as pool:
+                started = [pool.submit(on_worker, loan, *it) for loan, it in zip(self.loans, wave, strict=False)]
+                found = [future.result() for future in started]
+        finally:
+            torch.set_num_threads(threads)
+        # Side by side they took less than one after the other: what is reported is the time that passed.
+        took, summed = time.perf_counter() - began, sum(record["seconds"] for record, _ in found)
+        for record, _ in found:
+            record["seconds"] = round(record["seconds"] * min(1.0, took / max(summed, 1e-9)), 6)
+        return found
 
 
 def _attack_chunk(
     target: Target,
     planned: PlannedAttack,
-    network: nn.Module,
-    passes: _Passes,
+    loan: Loan,
     places: Tensor,
     chunk: int,
-    number: int,
     balls: Sequence[ThreatModel],
     seed: int,
     budget: Budget,
-    examples: ExampleFile | None,
-) -> dict[str, Any]:
-    """All starts of an attack on one chunk: what came of each image, and what it cost, as plain JSON types."""
+    alone: bool,
+) -> tuple[dict[str, Any], Tensor]:
+    """All starts of an attack on one chunk: what came of each image, and what it cost, as plain JSON types; and the
+    best examples. alone: nobody else uses the global random state meanwhile.
+    """
     device, threat, minimal = target.images.device, planned.threat, bool(planned.attack.minimal)
     images, labels = target.images[places.to(device)], target.labels[places.to(device)]
     tally, m = Tally.empty(len(places), len(balls)), len(places)
-    best = images.clone()
+    best, passes = images.clone(), loan.passes
     passes.forwards = passes.backwards = 0
     passes.traceable = True
-    won = torch.zeros(m, dtype=torch.bool)
-    for restart in range(getattr(planned, "restarts", 1)):
-        rows = (~won).nonzero().squeeze(1)
-        if not len(rows) or tally.fault:
+    won, doubted = torch.zeros(m, dtype=torch.bool), torch.zeros(m, dtype=torch.bool)
+    for precision, restart, doubted_only in rounds(planned, budget.precision, device):
+        rows = (~won & doubted if doubted_only else ~won).nonzero().squeeze(1)
+        if tally.fault:
             break
+        if not len(rows):
+            continue
+        twin = loan.twin(precision)
         counters = (chunk, restart) if restart else (chunk,)  # the same for every attack: the attack alone differs
-        returned, guided = _called(planned, network, passes, images, labels, rows, seed, counters, budget, tally)
+        returned, guided = _called(planned, twin, passes, images, labels, rows, seed, counters, budget, tally, alone)
         rows = rows[: len(returned)]
         if not len(rows):
             break
         given, truth = images[rows.to(device)], labels[rows.to(device)]
-        with seeded_globals(derive_seed(seed, "judge", *counters)):
+        with _seeded(derive_seed(seed, "judge", *counters), alone):
             verdict = judge(target.network, given, truth, returned, threat, minimal=minimal)
             predicted = torch.full((len(rows),), -1)
             if bool(verdict.fooled.any()):
                 labels_now = decide(logits_of(target.network, verdict.examples[verdict.fooled]))
                 predicted[verdict.fooled.cpu()] = labels_now.cpu()
+            if precision != "fp32" and not bool(verdict.fooled.all()):
+                # What fools the twin alone has stopped the attack too early: once more in float32.
+                spared = ~verdict.fooled
+                claimed = decide(loan.unwatched(twin, verdict.examples[spared])) != truth[spared]
+                doubted[rows[spared.cpu()]] |= claimed.cpu()
         fooled, distance = verdict.fooled.cpu(), verdict.distance.cpu().double()
         for name in ("moved", "outside_box", "outside_ball", "nonfinite"):
             getattr(tally, name)[rows] |= getattr(verdict, name).cpu()
@@ -284,19 +339,22 @@ def _attack_chunk(
         won = tally.fooled & (tally.distance <= threat.tolerance())
     if bool(tally.fooled.any()):
         where = tally.fooled.nonzero().squeeze(1)
-        with seeded_globals(derive_seed(seed, "judge rounded", chunk)):
+        with _seeded(derive_seed(seed, "judge rounded", chunk), alone):
             eight_bit = best[where.to(device)].mul(255).round().div(255)
             tally.rounded[where] = (decide(logits_of(target.network, eight_bit)) != labels[where.to(device)]).cpu()
-    if examples is not None and bool(tally.tried.any()):
-        examples.put(number, places[tally.tried], best[tally.tried.to(device)])
-    tally.changed_weights = not _same_weights(network, target.network)
-    return _record(tally, places, passes, saved=examples is not None)
+    tally.changed_weights = loan.changed()
+    return _record(tally, places, passes), best
+
+
+def _seeded(seed: int, alone: bool) -> AbstractContextManager[None]:
+    """The global generators from ``seed``, where nobody else draws from them."""
+    return seeded_globals(seed) if alone else nullcontext()
 
 
 def _called(
     planned: PlannedAttack,
     network: nn.Module,
-    passes: _Passes,
+    passes: Passes,
     images: Tensor,
     labels: Tensor,
     rows: Tensor,
@@ -304,6 +362,7 @@ def _called(
     counters: tuple[int, ...],
     budget: Budget,
     tally: Tally,
+    alone: bool,
 ) -> tuple[Tensor, Tensor]:
     """What the attack returns for ``rows``, ``budget.batch_size`` at a time, and which had a usable gradient.
 
@@ -314,12 +373,13 @@ def _called(
         part = rows[start : start + budget.batch_size].to(images.device)
         given, truth = images[part], labels[part]  # indexing copies: the attack may not reach ours
         passes.witness = torch.zeros(len(part), dtype=torch.bool, device=images.device)
+        passes.paid = torch.zeros(len(part), dtype=torch.float64)
         before, began = (passes.forwards, passes.backwards, passes.traceable), time.perf_counter()
         as_in_whole = RowsOf(start, start + len(part), len(rows)) if len(part) < len(rows) else nullcontext()
         try:
             with (
                 frozen(network),
-                seeded_globals(derive_seed(seed, "globals of attack", *counters)),
+                _seeded(derive_seed(seed, "globals of attack", *counters), alone),
                 torch.enable_grad(),
                 as_in_whole,
             ):
@@ -341,6 +401,7 @@ def _called(
         tally.wrote_input |= not (torch.equal(given, images[part]) and torch.equal(truth, labels[part]))
         returned.append(made)
         guided.append(passes.witness)
+        tally.forwards[rows[start : start + len(part)]] += passes.paid
         start += len(part)
     return torch.cat(returned), torch.cat(guided)
 
@@ -354,7 +415,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
-def _record(tally: Tally, places: Tensor, passes: _Passes, *, saved: bool) -> dict[str, Any]:
+def _record(tally: Tally, places: Tensor, passes: Passes) -> dict[str, Any]:
     return {
         "places": places.tolist(),
         **{name: _text(getattr(tally, name)) for name in _FLAGS},
@@ -362,13 +423,13 @@ def _record(tally: Tally, places: Tensor, passes: _Passes, *, saved: bool) -> di
         "distance": tally.distance.tolist(),
         "predicted": tally.predicted.tolist(),
         "forwards": passes.forwards,
+        "paid": [float(f"{paid:.8g}") for paid in tally.forwards.tolist()],
         "backwards": passes.backwards,
         "traceable": passes.traceable,
         "wrote_input": tally.wrote_input,
         "changed_weights": tally.changed_weights,
         "fault": tally.fault,
         "seconds": round(tally.seconds, 6),
-        "saved": saved,
     }
 
 
@@ -485,49 +546,6 @@ def worst_case(number: int, threat: ThreatModel, target: Target, attempts: Seque
         note="" if valid else "no valid attack in this ball (a control is none), so nothing is known",
         outcomes=tuple(outcomes.tolist()),
     )
-
-
-class _Witnessed(torch.autograd.Function):
-    """The identity; on the way back it shows the gradient to a witness."""
-
-    @staticmethod
-    def forward(context: Any, images: Tensor, witness: Callable[[Tensor], None]) -> Tensor:
-        context.witness = witness
-        return images.view_as(images)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        context.witness(gradient)
-        return gradient, None
-
-
-def _watch_passes(network: nn.Module, passes: _Passes) -> list[Any]:
-    """Count images passed forward and backward, and note which images ever got a finite gradient that is not zero."""
-
-    def on_backward(gradient: Tensor) -> None:
-        passes.backwards += len(gradient)
-        flat = gradient.flatten(1)
-        if len(flat) == len(passes.witness):
-            passes.witness |= flat.isfinite().all(1) & (flat != 0).any(1)
-        else:
-            passes.traceable = False
-
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        images = inputs[0] if inputs else None
-        if isinstance(images, Tensor) and images.requires_grad and torch.is_grad_enabled():
-            return (_Witnessed.apply(images, on_backward), *inputs[1:])
-        return None
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() > 0:
-            passes.forwards += len(output)
-
-    return [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
-
-
-def _same_weights(network: nn.Module, original: nn.Module) -> bool:
-    mine, theirs = dict(network.named_parameters()), dict(original.named_parameters())
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,20 +13,29 @@ from scl_defense.types import Attack
 
 RESERVED = ("norm", "eps")  # the attack's own ball; never options of a component
 
-_QUICK = ("noise", "fgsm", "pgd")
-_STANDARD = (*_QUICK, "cw", "deepfool", "apgd-ce", "apgd-t", "fab-t", "square")
+#: Names under which an attack with certain options is known: what each one stands for.
+ALIASES: Mapping[str, str] = {
+    "pgd-20": "pgd:steps=20",
+    "pgd-100": "pgd:steps=100:rel_step=0.1:restarts=5",
+    "pgd-l2": "pgd:steps=40:rel_step=0.2:norm=l2",
+    "cw-art": "art:cw",
+    "hopskipjump": "hsj",
+}
+_QUICK = ("noise", "fgsm", "pgd", "pgd-l2")
+_STANDARD = (*_QUICK, "cw", "deepfool", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
 #: Ready batteries: a name in a battery that stands for several attacks.
 TIERS: Mapping[str, tuple[str, ...]] = {
     "quick": _QUICK,
     "standard": _STANDARD,
     "full": (
         *_STANDARD,
-        *("apgd-dlr", "mifgsm", "native:pgd:loss=margin", "apgd-l1:norm=l1", "ead"),
+        *("mifgsm", "native:pgd:loss=margin", "apgd-l1:norm=l1", "ead"),
         *("sparsefool", "jsma", "onepixel:norm=l0", "pixle", "simba", "hsj", "boundary", "spatial", "transfer"),
         *("art:pgd", "art:cw", "autoattack"),
     ),
 }
-_STAND_INS = {"pgd": "native:pgd", "apgd-ce": "apgd-l1"}  # in a norm that a tier's attack cannot work in
+# In a norm that a tier's attack cannot work in: the first of these that can.
+_STAND_INS = {"pgd": ("native:pgd", "sparsefool"), "apgd-ce": ("apgd-l1",), "square": ("onepixel",)}
 
 
 @dataclass(frozen=True)
@@ -57,18 +66,26 @@ class PlannedAttack:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An attack of a tier that is not run, and why."""
+    """An attack that is skipped. tier: that it came with; empty: it was named. reason: as in "skipped because ..."."""
 
     label: str
     tier: str
     reason: str
 
 
+class CannotRun(UserError):
+    """An attack that cannot work here, which is no mistake of who asked for it. reason: as in "skipped because ..."."""
+
+    def __init__(self, label: str, reason: str):
+        super().__init__(f"attack '{label}' {reason}")
+        self.reason = f"it {reason}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be run. threat: the main one; an attack that cannot work in its norm has another.
 
-    left_out: attacks of a tier that cannot work in this norm, on such images, or with so few classes.
+    left_out: attacks that cannot work in this norm, on such images, or with so few classes.
     """
 
     threat: ThreatModel
@@ -84,24 +101,27 @@ class Plan:
             raise UserError(f"attack '{twice}' is in the battery twice; leave one out or give it another option")
 
     def threats(self) -> list[ThreatModel]:
-        """The distinct balls, the main one first (``8/255`` and ``16/510`` are the same ball)."""
+        """The distinct balls: those of the main norm from the smallest on, then the others, each norm from the smallest
+        on (``8/255`` and ``16/510`` are the same ball).
+        """
         found: dict[tuple[str, Any], ThreatModel] = {}
         for threat in (self.threat, *(planned.threat for planned in self.attacks)):
             found.setdefault((threat.norm, parse_eps(threat.eps)), threat)
         used = {(planned.threat.norm, parse_eps(planned.threat.eps)) for planned in self.attacks}
-        return [threat for key, threat in found.items() if key in used]
+        norms = list(dict.fromkeys(norm for norm, _ in found))
+        return [found[key] for key in sorted(used, key=lambda key: (norms.index(key[0]), key[1]))]
 
 
-def parse_battery(attacks: str | Iterable[str]) -> list[Request]:
+def parse_battery(attacks: str | Iterable[str | Request]) -> list[Request]:
     """Split a battery. A piece with ``=`` is an option, the pieces before the first one are the name.
 
-    attacks: comma-separated text, or one text per attack. Lists in an option are written ``c=1+10+100``. Raises
-    :class:`UserError` for an empty piece, a name after an option, or an option given twice.
+    attacks: comma-separated text, or one text (or what was split already) per attack. Lists in an option are written
+    ``c=1+10+100``. Raises :class:`UserError` for an empty piece, a name after an option, or an option given twice.
     """
     texts = attacks.split(",") if isinstance(attacks, str) else list(attacks)
-    if not any(text.strip() for text in texts):
+    if not any(isinstance(text, Request) or text.strip() for text in texts):
         raise UserError("no attack is given; write names separated by commas, like fgsm,pgd,cw")
-    return [_parse_attack(text) for text in texts]
+    return [text if isinstance(text, Request) else _parse_attack(text) for text in texts]
 
 
 def _parse_attack(text: str) -> Request:
@@ -127,8 +147,26 @@ def _parse_attack(text: str) -> Request:
     return Request(label, name, options, norm, eps)
 
 
+def expanded(request: Request, host: PluginHost) -> Request:
+    """What an alias stands for (see :data:`ALIASES`), under the label as written; what is written beside it wins.
+
+    A plugin's attack of that name goes first. Raises :class:`UserError` for another norm than the alias names.
+    """
+    text = None if request.name in host["attack"] else ALIASES.get(request.name)
+    if text is None:
+        return request
+    stands_for = _parse_attack(text)
+    if stands_for.norm and request.norm and ThreatModel(request.norm, "0").norm != stands_for.norm:
+        raise UserError(
+            f"attack '{request.label}': '{request.name}' works in {stands_for.norm} alone; use {stands_for.name}"
+        )
+    options = {**stands_for.options, **request.options}
+    norm = stands_for.norm or request.norm
+    return dataclasses.replace(request, name=stands_for.name, options=options, norm=norm)
+
+
 def plan_attacks(
-    attacks: str | Iterable[str],
+    attacks: str | Iterable[str | Request],
     *,
     host: PluginHost,
     threat: ThreatModel,
@@ -137,6 +175,7 @@ def plan_attacks(
     image_shape: Sequence[int] | None = None,
     n: int | None = None,
     surrogate: str | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Build every attack of a battery and decide its ball; nothing is run.
 
@@ -144,18 +183,21 @@ def plan_attacks(
     ball. budgets: norm -> usual eps of the data, for attacks that look for the smallest perturbation and cannot do so
     in the main norm (Carlini-Wagner under Linf is counted at the L2 budget). ``norm`` and ``eps`` of a single attack
     win over both. classes: how many the network tells apart; image_shape: (C, H, W); n: how many images; each where it
-    is known. surrogate: the checkpoint for attacks that work on another network and name none.
+    is known. surrogate: the checkpoint for attacks that work on another network and name none; reading: how it is
+    read, for their fields of these names (see :class:`scl_defense_benchmarks.transfer.Transfer`).
 
-    Raises :class:`UserError` for an unknown attack, option or norm, a norm the attack cannot do, a norm without a
-    budget, classes or images it cannot work on, more images than its limit, or the same attack twice. An attack that
-    came with a tier is left out for any of these reasons, and one that was named beside its tier is run once, as it
-    was named.
+    Raises :class:`UserError` for an unknown attack, option or norm, a norm that was named and the attack cannot do, a
+    surrogate that cannot be read, or the same attack twice. What cannot work here is left out: in the main norm, on
+    such images, with so few classes, on more images than its limit, in a norm without a budget, without a surrogate. An
+    error is raised when nothing else is left to run. One that was named beside its tier is run once, as it was named.
     """
-    about = _About(host, threat, budgets or {}, classes, image_shape and tuple(image_shape), n, surrogate)
+    shape = image_shape and tuple(image_shape)
+    about = _About(host, threat, budgets or {}, classes, shape, n, surrogate, reading or {})
     named: list[PlannedAttack] = []
-    order: list[tuple[Request, PlannedAttack | None]] = []
+    order: list[tuple[Request, PlannedAttack | LeftOut | None]] = []
+    unable: list[CannotRun] = []
     for request in parse_battery(attacks):
-        planned = None
+        planned: PlannedAttack | LeftOut | None = None
         if request.name in TIERS:
             if request.options or request.norm or request.eps:
                 raise UserError(
@@ -163,24 +205,31 @@ def plan_attacks(
                     "attack that should have them beside it"
                 )
         else:
-            planned = _plan_one(request, about)
-            if other := _same(planned, named):
-                raise UserError(
-                    f"attack '{request.label}' is the same as '{other.label}' (code, options, ball); leave one out"
-                )
-            named.append(planned)
+            try:
+                planned = _plan_one(request, about)
+            except CannotRun as reason:
+                unable.append(reason)
+                planned = LeftOut(request.label, "", reason.reason)
+            else:
+                if other := _same(planned, named):
+                    raise UserError(
+                        f"attack '{request.label}' is the same as '{other.label}' (code, options, ball); leave one out"
+                    )
+                named.append(planned)
         order.append((request, planned))
     found: list[PlannedAttack] = []
-    left_out: list[LeftOut] = []
+    left_out = [one for _, one in order if isinstance(one, LeftOut)]
     for request, planned in order:
-        if planned is not None:
+        if isinstance(planned, PlannedAttack):
             found.append(planned)
-            continue
-        for member in TIERS[request.name]:
+        for member in TIERS[request.name] if planned is None else ():
             one = _plan_member(member, request.name, left_out, about)
             if one is not None and not _same(one, [*named, *found]):
                 found.append(one)
-    return Plan(threat, tuple(found), tuple(dict.fromkeys(left_out)))
+    if unable and not found:
+        raise unable[0]
+    first = {one.label: one for one in reversed(left_out)}  # of a name and a tier, or two tiers, the first says it
+    return Plan(threat, tuple(found), tuple(one for one in left_out if first.pop(one.label, None) is one))
 
 
 @dataclass(frozen=True)
@@ -194,23 +243,23 @@ class _About:
     image_shape: tuple[int, ...] | None
     n: int | None
     surrogate: str | None
+    reading: Mapping[str, Any]
 
 
 def _plan_member(member: str, tier: str, left_out: list[LeftOut], about: _About) -> PlannedAttack | None:
-    request = _parse_attack(member)
-    # What is wrong with a tier itself is no reason to leave it out.
-    make(about.host, "attack", request.name, request.options)
     try:
-        return _plan_one(request, about)
-    except UserError as error:
-        reason, instead = str(error), _STAND_INS.get(member)
-        planned = None
-        if instead is not None:
+        return _plan_one(_parse_attack(member), about)
+    except CannotRun as error:
+        reason, planned = error.reason, None
+        for instead in _STAND_INS.get(member, ()):
             try:
                 planned = _plan_one(_parse_attack(instead), about)
-                reason += f" ({instead} takes its place)"
-            except UserError:  # that one cannot either
-                pass
+            except CannotRun as neither:
+                if about.threat.norm in about.host["attack"].get(instead).norms:
+                    reason += f" ({instead}, in its place, is left out because {neither.reason})"
+                continue
+            reason += f" ({instead} takes its place)"
+            break
     left_out.append(LeftOut(member, tier, reason))
     return planned
 
@@ -224,19 +273,22 @@ def _same(planned: PlannedAttack, others: Iterable[PlannedAttack]) -> PlannedAtt
 
 
 def _plan_one(request: Request, about: _About) -> PlannedAttack:
-    host = about.host
+    host, request = about.host, expanded(request, about.host)
     if request.name not in host["attack"]:
-        hint = nearest(request.name, [*TIERS, *(entry.name for entry in host["attack"])])
-        if any(f"'{tier}'" in hint for tier in TIERS):
+        hint = nearest(request.name, [*TIERS, *ALIASES, *(entry.name for entry in host["attack"])])
+        if any(f"'{name}'" in hint for name in (*TIERS, *ALIASES)):
             raise UserError(f"there is no attack or battery named '{request.name}'{hint}")
     attack = make(host, "attack", request.name, request.options)
     if not isinstance(attack, Attack):
         raise ComponentError(f"attack '{request.name}' must be callable and have norms, minimal and access")
     if about.surrogate is not None and getattr(attack, "surrogate", None) == "":
-        attack = dataclasses.replace(attack, surrogate=about.surrogate)
+        own = {field.name for field in dataclasses.fields(attack)}
+        given = {name: value for name, value in about.reading.items() if name in own and name not in request.options}
+        attack = dataclasses.replace(attack, surrogate=about.surrogate, **given)
+    ball = _ball_of(request, attack, about.threat, about.budgets)
     if reason := _unable(attack, about):
-        raise UserError(f"attack '{request.label}' {reason}")
-    return PlannedAttack(request.label, request.name, attack, _ball_of(request, attack, about.threat, about.budgets))
+        raise CannotRun(request.label, reason)
+    return PlannedAttack(request.label, request.name, attack, ball)
 
 
 def _unable(attack: Attack, about: _About) -> str | None:
@@ -276,9 +328,10 @@ def _ball_of(request: Request, attack: Attack, threat: ThreatModel, budgets: Map
         norm = threat.norm
     elif not attack.minimal:  # never another ball than the one that was asked for
         instead = {"l1": "apgd-l1 or native:pgd", "l0": "sparsefool"}.get(threat.norm, "native:pgd")
-        raise UserError(
-            f"attack '{request.label}' cannot work in {threat.norm}, only in {', '.join(can)}; use {instead}, or give "
-            f"it its own ball: {request.label}:norm={can[0]}"
+        raise CannotRun(
+            request.label,
+            f"cannot work in {threat.norm}, only in {', '.join(can)}; use {instead}, or give it its own ball: "
+            f"{request.label}:norm={can[0]}",
         )
     else:
         norm = next((norm for norm in can if norm in budgets), can[0])
@@ -287,8 +340,8 @@ def _ball_of(request: Request, attack: Attack, threat: ThreatModel, budgets: Map
     if norm == threat.norm:
         return threat
     if norm not in budgets:
-        raise UserError(
-            f"attack '{request.label}' works in {norm} and no usual {norm} budget is known for this data; "
-            f"give its own: {request.label}:eps=..."
+        raise CannotRun(
+            request.label,
+            f"works in {norm} and no usual {norm} budget is known for this data; give its own: {request.label}:eps=...",
         )
     return ThreatModel(norm, budgets[norm])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from scl_defense.checkpoint import sweep
 from scl_defense.errors import UserError
 from scl_defense.plugins import default_host
 from scl_defense.runtime import versions
@@ -19,9 +20,11 @@ from scl_defense_benchmarks.diagnostics import check_recorded, merged
 from scl_defense_benchmarks.evaluate import Mode, evaluate
 from scl_defense_benchmarks.planning import plan_battery
 from scl_defense_benchmarks.question import Question, ask
-from scl_defense_benchmarks.results import Report, check_writable, write, write_per_image
+from scl_defense_benchmarks.results import Report, write, write_per_image
 from scl_defense_benchmarks.state import identity_of, locked, open_state, state_path
 from scl_defense_benchmarks.subject import check_fit
+from scl_defense_benchmarks.targets import check_targets, files_named, not_a_source
+from scl_defense_benchmarks.twin import Choice
 
 
 def benchmark(
@@ -52,6 +55,9 @@ def benchmark(
     restart: bool | Literal["if-stale"] = False,
     probes: Literal["quick", "deep", "none"] = "quick",
     surrogate: str | Path | None = None,
+    surrogate_model: str | None = None,
+    precision: Choice = "fp32",
+    workers: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
     **foreign: Any,
@@ -70,17 +76,24 @@ def benchmark(
 
     norm, eps: the main ball; default: the checkpoint's, else Linf at the data's usual radius. Several eps, as a list or
     ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. n: a fixed stratified subset of so many
-    images. mode, time_limit (seconds), batch_size, probes: see :func:`scl_defense_benchmarks.evaluate.evaluate`.
-    surrogate: the checkpoint for attacks that transfer from another network.
+    images. mode, time_limit (seconds), batch_size, probes, precision, workers: see
+    :func:`scl_defense_benchmarks.evaluate.evaluate`. surrogate: the checkpoint for attacks that transfer from another
+    network; surrogate_model: its network, if it is a file of bare weights (default: as ``model``). It is normalised as
+    this network.
 
     out: where the result is written as JSON. Beside it, until the battery is complete, lies what was found so far: the
     same call goes on there after a kill or a time limit, another one is refused, and ``restart`` throws it away
     (``"if-stale"``: only when it belongs to another question). per_image: ``FILE.csv``, a line an attack and image.
-    save_examples: ``FILE.safetensors``, the examples as float32. command: recorded in the result as it stands.
+    save_examples: ``FILE.safetensors``, the examples as float32. A file that is read, or that somebody else wrote, is
+    never replaced. command: recorded in the result as it stands.
 
     Raises :class:`UserError` before anything is attacked: no data, a checkpoint that does not fit the data, a
-    battery that cannot be planned. An attack that fails later becomes a row of the result.
+    battery that cannot be planned. An attack that cannot work here is left out, and the result says why; one that
+    fails later becomes a row of it.
     """
+    if surrogate_model is not None and surrogate is None:
+        raise UserError("surrogate_model is the network of a surrogate; name its file too (--surrogate)")
+    said = {"model": model, "model_options": model_options, "mean": mean, "std": std, **foreign}
     host = default_host(plugins)
     asked = ask(
         checkpoint,
@@ -94,13 +107,19 @@ def benchmark(
         n=n,
         device=device,
         host=host,
-        foreign={"model": model, "model_options": model_options, "mean": mean, "std": std, **foreign},
+        foreign=said,
     )
     subject = asked.subject
-    for path in (path for path in (out, per_image, save_examples) if path is not None):
-        _check_target(path, is_result=path is out)  # before hours of attacks, not after
-    if per_image is not None and Path(per_image).suffix != ".csv":
-        raise UserError(f"'{per_image}' must end in .csv: a line an attack and image")
+    read_from = {
+        "the checkpoint": None if isinstance(checkpoint, nn.Module) else checkpoint,
+        "the head (--head)": foreign.get("head"),
+        "the surrogate": surrogate,
+        "the data": data,
+        **files_named(
+            [foreign.get("label_map"), model, surrogate_model, data, *(data_options or {}).values(), *plugins]
+        ),
+    }
+    check_targets({"--out": out, "--per-image": per_image, "--save-examples": save_examples}, read_from)
     plan = plan_battery(
         attacks,
         host=host,
@@ -110,14 +129,28 @@ def benchmark(
         n=len(asked.images),
         image_shape=tuple(asked.images.shape[1:]),
         surrogate=None if surrogate is None else str(surrogate),
+        reading=None if surrogate is None else _reading(said, surrogate_model),
     )
+    for planned in plan.attacks:
+        for option, path in (("--per-image", per_image), ("--save-examples", save_examples), ("--out", out)):
+            if path is not None:
+                not_a_source(option, path, {"a surrogate": getattr(planned.attack, "surrogate", None)})
     check_fit(subject.network, asked.images[:1], asked.classes, asked.name)
     state_file = None if out is None else state_path(out)
     known = {key: subject.about[key] for key in ("sha256",) if key in subject.about}
     with contextlib.nullcontext() if out is None else locked(out):
+        if out is not None and per_image is not None:
+            sweep(Path(per_image).parent, Path(per_image).name)
         if restart == "if-stale" and state_file is not None:
             identity = identity_of(
-                subject.network, asked.images, asked.labels.long(), plan.attacks, seed=seed, mode=mode, about=known
+                subject.network,
+                asked.images,
+                asked.labels.long(),
+                plan.attacks,
+                seed=seed,
+                mode=mode,
+                precision=precision,
+                about=known,
             )
             restart = _is_stale(state_file, identity)
         found = evaluate(
@@ -133,6 +166,8 @@ def benchmark(
             restart=bool(restart),
             examples_file=save_examples,
             probes=probes,
+            precision=precision,
+            workers=workers,
             about=known,
             progress=progress,
         )
@@ -177,16 +212,10 @@ def _about_data(asked: Question) -> dict[str, Any]:
     }
 
 
-def _check_target(path: str | Path, *, is_result: bool) -> None:
-    if is_result:
-        check_writable(path)
-        return
-    if Path(path).is_dir():
-        raise UserError(f"'{path}' is a directory; give it a file name")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder '{Path(path).parent}': {error.strerror}") from None
+def _reading(said: Mapping[str, Any], surrogate_model: str | None) -> dict[str, Any]:
+    from scl_defense_benchmarks.transfer import reading  # imports torchattacks
+
+    return reading(said, surrogate_model)
 
 
 def _is_stale(path: Path, identity: Mapping[str, Any]) -> bool:

@@ -189,17 +189,25 @@ _ENTRIES = (
         "Look for randomness, batch statistics and hooks.", ("T5", "T12"),
     ),
     Diagnostic(
-        "loss-disagreement", ("error", "warning"), "masking",
-        "0.03 (warning) or 0.10 (error) more broken by the margin loss, paired p < 0.05", "Croce & Hein 2020, sec. 3",
+        "loss-disagreement", ("error", "warning", "info"), "masking",
+        "0.03 (warning) or 0.10 (error) more broken by the margin loss, paired p < 0.05; information where the battery "
+        "climbs another loss in that ball and no probe breaks what it left", "Croce & Hein 2020, sec. 3",
         "Cross-entropy and margin have the same goal; where they differ so much, the softmax hides the gradient.",
         "Use apgd-dlr, apgd-t or native:pgd with loss=margin.", ("T14",),
     ),
     Diagnostic(
-        "scaled-logits", ("error", "warning"), "masking",
-        "0.03 (warning) or 0.10 (error) more broken once the logits have spread 10, paired p < 0.05",
+        "scaled-logits", ("error", "warning", "info"), "masking",
+        "0.03 (warning) or 0.10 (error) more broken once the logits have spread 10, paired p < 0.05; information as "
+        "for loss-disagreement",
         "Croce & Hein 2020, sec. 4; Carlini & Wagner 2016",
         "The scale (temperature) of the logits alone decides what cross-entropy finds: its gradient is saturated.",
         "Use losses that do not depend on the scale: apgd-dlr, apgd-t, loss=margin.", ("T14",),
+    ),
+    Diagnostic(
+        "battery-too-weak", ("warning",), "masking",
+        "0.01 of the probed images, at least 3: left by the battery, broken by a probe in the same ball", _OWN,
+        "Short ascents and searches of the examination break what the whole battery has left: it stopped too early.",
+        "Take a stronger battery: --attacks standard, more steps, apgd-t, square.", ("T10", "T12"),
     ),
     Diagnostic(
         "restarts-matter", ("warning",), "masking",
@@ -295,7 +303,7 @@ _ENTRIES = (
         "Save time with a smaller --batch-size.", (),
     ),
     Diagnostic(
-        "probe-failed", ("info",), "note", "any exception", "by definition",
+        "probe-failed", ("warning",), "masking", "any exception", "by definition",
         "The network could not be examined as others are; the battery's own numbers are what they are.",
         "If it is memory, take a larger machine or --probes none; else look at the message.", (),
     ),

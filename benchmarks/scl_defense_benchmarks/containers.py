@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from scl_defense.checkpoint import read_tensors
+from scl_defense.checkpoint import inflated, read_tensors, tangled
 from scl_defense.errors import UserError
 from scl_defense_benchmarks.trusted_pickle import load_trusted
 
@@ -32,6 +32,8 @@ def kind_of(path: Path) -> Kind:
         return "safetensors"
     if path.suffix.lower() == ".onnx":
         return "onnx"
+    if not path.is_file():
+        raise UserError(f"'{path}' is no regular file; give a checkpoint")
     with path.open("rb") as stream:
         start = stream.read(512)
     if start[:2] == b"PK":
@@ -47,7 +49,7 @@ def _kind_of_zip(path: Path) -> Kind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "torch"  # the reader says what is damaged
     if any(name.endswith("/constants.pkl") or "/code/__torch__" in name for name in names):
         return "torchscript"
@@ -113,6 +115,8 @@ def _pickles(path: Path, kind: Kind) -> Iterable[io.BytesIO]:
     if kind == "torch":
         try:
             with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+                if bomb := inflated(archive, len(payload)):
+                    raise UserError(f"'{path}' is not a readable checkpoint: {bomb}")
                 return [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith(".pkl")]
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
             read_tensors(path)  # says what is damaged
@@ -120,6 +124,8 @@ def _pickles(path: Path, kind: Kind) -> Iterable[io.BytesIO]:
     if kind == "old torch tar":
         try:
             with tarfile.open(fileobj=io.BytesIO(payload)) as archive:
+                if sum(member.size for member in archive) > len(payload):  # a sparse one, all zeros
+                    raise UserError(f"'{path}' is a tar file whose parts are larger than it; it is no checkpoint")
                 files = [archive.extractfile(member) for member in archive if member.isfile()]
                 # "storages" and "tensors" are pickles in a row with raw numbers between: the first one is read.
                 return [io.BytesIO(file.read()) for file in files if file is not None]
@@ -168,11 +174,14 @@ def _harmless(names: set[str]) -> set[str]:
 
 def _old_tensors(path: Path) -> Any:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch's own text recommends loading unsafely; that advice must not reach the user
         raise UserError(
             f"'{path}' is not a readable checkpoint: it is damaged or cut short ({type(error).__name__}); copy it again"
         ) from None
+    if fault := tangled(content):
+        raise UserError(f"'{path}' is not a readable checkpoint: {fault}")
+    return content
 
 
 def _safetensors(path: Path) -> Any:

@@ -7,7 +7,7 @@ into one line. Importing this module imports no torch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from scl_defense_benchmarks.results import AttackRow, EvaluationResult
+    from scl_defense_benchmarks.results import AttackRow, EvaluationResult, WorstCase
 
 __all__ = ["CATALOGUE", "Conclusion", "Flag", "verdict"]  # and the checks below
 
+BY_CHANCE = 0.05  # of a paired test
 BEATEN_BY = 0.005  # half a percentage point: what a weaker attack may win by chance (Carlini et al. 2019)
 CONTROL_ONLY = 0.01  # share of images that only noise breaks
 DOUBTFUL, INVALID = 0.01, 0.10  # share of right images that an attack did not move
@@ -35,6 +36,7 @@ ONLY_BLACK_ONE_LOSS = (0.05, 0.10)  # where every white-box attack climbs the cr
 MINIMAL_ONLY = (0.05, 0.10)  # share that a minimal-norm attack breaks inside the ball, and no fixed-eps one
 LIBRARIES = 0.02  # between two libraries' shares, with a paired test
 AUTOATTACK_GAP = 0.10  # between the best PGD and AutoAttack
+ENOUGH, ASKED = 10, 200  # steps and queries below which an attack has only begun
 SMALL_SAMPLE = 1000  # the 95 % interval of fewer images is wider than +-3.1 points
 FEWEST = 3  # images: a share of fewer is an anecdote
 
@@ -46,11 +48,12 @@ def probe(
     threat: ThreatModel,
     rng: "torch.Generator",
     depth: Literal["quick", "deep", "none"] = "quick",
+    robust: "Tensor | None" = None,
 ) -> list[Flag]:
     """See :func:`scl_defense_benchmarks.probes.probe`."""
     from scl_defense_benchmarks import probes
 
-    return probes.probe(network, images, labels, threat, rng, depth)
+    return probes.probe(network, images, labels, threat, rng, depth, robust)
 
 
 # -- the network
@@ -59,8 +62,9 @@ def probe(
 def check_network(network: "nn.Module", images: "Tensor", labels: "Tensor", logits: "Tensor") -> list[Flag]:
     """Faults of the network itself. logits: (N, K), its answer to all ``images``; it must be in eval mode."""
     from scl_defense_benchmarks.forward import decide
+    from scl_defense_benchmarks.probes import same_state, state_of
 
-    flags = []
+    flags, before = [], state_of(network)
     n, classes = logits.shape
     if wrong := int((~logits.isfinite()).any(1).sum()):
         what = f"The network returns NaN or infinite logits for {wrong} of {n} clean images."
@@ -84,6 +88,7 @@ def check_network(network: "nn.Module", images: "Tensor", labels: "Tensor", logi
         what = f"{len(busy)} modules are still in train mode after eval(), the first is '{busy[0] or 'the network'}'."
         flags.append(flagged("train-mode", what, measured=len(busy), threshold=0.0))
     unsteady = _check_repeatable(network, images, labels, logits)
+    flags += same_state(before, state_of(network))
     return flags + (unsteady or _check_preparation(network, images, labels))
 
 
@@ -205,7 +210,9 @@ def _one_step_beats_many(usable: _Pairs) -> Iterator[Flag]:
     for pgd in (row for row, family in usable if family == "pgd"):
         for fgsm in (row for row, family in usable if family == "fgsm"):
             same = (fgsm.library, _ball(fgsm)) == (pgd.library, _ball(pgd))
-            if same and pgd.robust_accuracy > fgsm.robust_accuracy + BEATEN_BY:
+            one_step, many_steps = _broken([fgsm]), _broken([pgd])
+            p = one_sided(int((one_step & ~many_steps).sum()), int((many_steps & ~one_step).sum()))
+            if same and p < BY_CHANCE and pgd.robust_accuracy > fgsm.robust_accuracy + BEATEN_BY:
                 many, one = pgd.robust_accuracy, fgsm.robust_accuracy
                 what = f"Accuracy under PGD ({many:.1%}) is above that under FGSM ({one:.1%})."
                 labels = (pgd.label, fgsm.label)
@@ -257,6 +264,17 @@ def _another_loss(row: "AttackRow", family: str = "") -> bool:
     name = row.name.rpartition(":")[2]
     other = row.options.get("loss", "ce") not in ("ce", "cross-entropy")
     return name in stronger or family in ("autoattack", "cw", "deepfool", "fab") or other
+
+
+def answered(flags: Iterable[Flag], rows: Iterable["AttackRow"]) -> list[Flag]:
+    """flags: of the probes; rows: the valid ones in their ball. What a probe says about one loss is only worth knowing
+    where the battery climbed another one, and the probes broke nothing that it had left.
+    """
+    flags = list(flags)
+    if any(flag.id == "battery-too-weak" for flag in flags) or not any(map(_another_loss, rows)):
+        return flags
+    remedied = ("loss-disagreement", "scaled-logits")
+    return [replace(flag, severity="info") if flag.id in remedied else flag for flag in flags]
 
 
 def _black_beats_white(pairs: _Pairs) -> list[Flag]:
@@ -359,7 +377,10 @@ def verdict(result: "EvaluationResult") -> Conclusion:
     whose gradient attacks take a single step make it an upper bound. A worst case of zero is the exception: examples
     that were checked break every image, so nothing hidden can lower it, and only errors of the measurement count.
     """
-    case = result.worst_case
+    cases = [case for case in result.worst_cases if case.norm == result.norm]
+    whole = [case for case in cases if case.broken == result.clean_correct]
+    # Of a curve the largest ball is the main one: where it is empty, the largest that is not has something to hide.
+    case = next((case for case in reversed(_by_radius(cases)) if case not in whole), result.worst_case)
     about = {flag: CATALOGUE[flag.id].about if flag.id in CATALOGUE else "measurement" for flag in result.flags}
     invalid = [flag for flag in about if flag.severity == "error" and about[flag] == "measurement"]
     masked = [flag for flag in about if flag.severity == "error" and about[flag] == "masking"]
@@ -376,6 +397,8 @@ def verdict(result: "EvaluationResult") -> Conclusion:
         return _conclude("not-trustworthy", "not trustworthy, because ", reasons)
     if not broken and case is not None:
         reasons = _missing(result, case.attacks) + [_reason(flag) for flag in doubtful]
+        if result.probes == "none":
+            reasons.append("nobody has looked for masked gradients (--probes quick)")
         if case.unmoved:
             reasons.append(f"{case.unmoved} images were never really attacked")
     else:
@@ -383,6 +406,10 @@ def verdict(result: "EvaluationResult") -> Conclusion:
     if reasons:
         return _conclude("upper-bound", "an upper bound, because ", reasons)
     return Conclusion("trustworthy", "trustworthy within the interval")
+
+
+def _by_radius(cases: Sequence["WorstCase"]) -> list["WorstCase"]:
+    return sorted(cases, key=lambda case: parse_eps(case.eps))
 
 
 def _conclude(kind: Literal["upper-bound", "not-trustworthy"], start: str, reasons: Sequence[str]) -> Conclusion:
@@ -395,13 +422,14 @@ def _missing(result: "EvaluationResult", valid: Sequence[str]) -> list[str]:
     """What a battery must have before its worst case is more than an upper bound."""
     rows = [row for row in result.attacks if row.label in valid]
     found = []
-    if not any(row.access in ("score", "decision") or row.name.rpartition(":")[2] == "autoattack" for row in rows):
+    blind = [row for row in rows if row.access in ("score", "decision") or row.name.rpartition(":")[2] == "autoattack"]
+    if not any(row.options.get("queries", ASKED) >= ASKED for row in blind):
         found.append("no attack without gradients was run (add square)")
     white = [row for row in rows if row.access == "white-box"]
     if not white:
         found.append("no gradient attack was run (add pgd)")
-    elif all(row.name.rpartition(":")[2] == "fgsm" or row.options.get("steps") == 1 for row in white):
-        found.append("no gradient attack took more than one step (add pgd)")
+    elif all(row.name.rpartition(":")[2] == "fgsm" or row.options.get("steps", ENOUGH) < ENOUGH for row in white):
+        found.append(f"no gradient attack took {ENOUGH} steps or more (add pgd)")
     return found
 
 

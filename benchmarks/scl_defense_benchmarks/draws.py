@@ -1,5 +1,6 @@
 """Random numbers that do not know the batch size: a part of a chunk draws what it would have got in the whole."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,34 @@ _FILLING = {
     torch.nn.init.uniform_,
 }
 
+_state = threading.local()
+
+
+def image_by_image(
+    call: Callable[[Tensor, Tensor, torch.Generator], Tensor], images: Tensor, labels: Tensor, rng: torch.Generator
+) -> Tensor:
+    """``call`` on one image (1, C, H, W), label (1,) and generator after the other, joined; none: no image.
+
+    The generators are seeded from one draw of ``rng`` with a number an image: what an image draws depends on its place
+    in the chunk, neither on how many images the attack got at a time nor on what the others drew.
+    """
+    seeds = torch.randint(2**62, (len(images),), generator=rng, device=rng.device).tolist()
+    made = [images[:0]]
+    for image, label, seed in zip(images, labels, seeds, strict=True):
+        _state.alone = True  # a part of one image is no part of a chunk: what it draws is its own
+        try:
+            made.append(call(image[None], label[None], torch.Generator(rng.device).manual_seed(seed)))
+        finally:
+            _state.alone = False
+    return torch.cat(made)
+
 
 class RowsOf(TorchFunctionMode):
     """Inside, a draw with one row an image of the part is made for the whole chunk, and the part gets its rows.
 
     start, stop: the part's rows of ``whole``. Covers torch's ``rand``, ``randn``, ``randint``, their ``_like`` forms
-    and the methods that fill a tensor; what a library draws from NumPy, or for a part of the part, is its own.
+    and the methods that fill a tensor; what a library draws from NumPy, or for a part of the part, is its own (see
+    :func:`image_by_image`).
     """
 
     def __init__(self, start: int, stop: int, whole: int):
@@ -34,6 +57,8 @@ class RowsOf(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(_state, "alone", False):
+            return func(*args, **kwargs)
         if func in _SIZED:
             size = kwargs.pop("size", None) or (args[0] if args and not isinstance(args[0], int) else args)
             return self._drawn(func, (), tuple(size), kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.runtime import derive_seed, repeatable, stream
+from scl_defense.threat import parse_eps
 from scl_defense_benchmarks import diagnostics
 from scl_defense_benchmarks.attempt import Attempt, Budget, Progress, Target, attempt, counted_in, worst_case
 from scl_defense_benchmarks.battery import Plan
@@ -20,9 +21,10 @@ from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
 from scl_defense_benchmarks.planning import same_attack
-from scl_defense_benchmarks.results import EvaluationResult, WorstCase
+from scl_defense_benchmarks.results import BROKEN, EvaluationResult, WorstCase
 from scl_defense_benchmarks.state import State, identity_of, open_state
 from scl_defense_benchmarks.statistics import wilson
+from scl_defense_benchmarks.twin import Choice
 
 WORTH_PROBING = 0.03  # robust accuracy below which there is nothing left to be suspicious of
 
@@ -45,6 +47,8 @@ def evaluate(
     restart: bool = False,
     examples_file: str | Path | None = None,
     probes: Literal["quick", "deep", "none"] = "none",
+    precision: Choice = "fp32",
+    workers: int | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -53,22 +57,30 @@ def evaluate(
     network: (N, C, H, W) in [0, 1] -> logits (N, K), evaluated in eval mode and given back unchanged. images: (N, C,
     H, W) float32 in [0, 1], on the network's device; labels: (N,) integers in [0, K). Every attack gets the images
     that are classified rightly, in chunks of :data:`scl_defense_benchmarks.attempt.CHUNK` with a seed of their own, and
-    a deep copy of the network to work on. batch_size: the most images at a time, from 1 to a chunk; it reaches no
+    a frozen twin of the network to work on (see :mod:`scl_defense_benchmarks.twin`). Examples are judged in float32 on
+    ``network`` itself, in chunks of one size. batch_size: the most images at a time, from 1 to a chunk; it reaches no
     number, except through a library that draws from NumPy or for a part of what it was given. It is halved, and the
-    result says so, when memory runs out. Examples are judged in float32 on ``network`` itself, in chunks of one size.
+    result says so, when memory runs out.
 
     mode: see :data:`Mode`; a control spares no image. The same attack in several balls runs in the smallest first and
     hands on what it broke; one that looks for the smallest perturbation runs once and is counted in each. time_limit:
     seconds from now; an attack that does not fit is a row ``not run``. state_file: where finished chunks are kept; what
     is there already is not attacked again, and one of another question is refused unless ``restart`` throws it away;
     the caller takes it away. examples_file: ``FILE.safetensors`` for the examples. probes: how much is tried beside the
-    battery (see :mod:`scl_defense_benchmarks.probes`). about: what tells this network from others beside its weights.
+    battery (see :mod:`scl_defense_benchmarks.probes`). precision: what attacks may run in (see
+    :func:`scl_defense_benchmarks.twin.rounds`); every verdict is float32. workers: chunks attacked side by side, where
+    the attack draws from its own generator alone and the network draws nothing; default: torch's number of threads on
+    a CPU, else 1; it reaches no number. about: what tells this network from others beside its weights.
 
     Raises :class:`UserError` for images or labels that cannot be; an attack's fault never leaves this function.
     """
     started = time.monotonic()
     if mode not in get_args(Mode):
         raise UserError(f"mode '{mode}' is unknown; it must be one of {', '.join(get_args(Mode))}")
+    if precision not in get_args(Choice):
+        raise UserError(f"precision '{precision}' is unknown; it must be one of {', '.join(get_args(Choice))}")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}; it must be at least 1")
     if time_limit is not None and not time_limit > 0:
         raise UserError(f"time limit {time_limit} must be above 0 seconds")
     _check_inputs(network, images, labels, batch_size)
@@ -82,12 +94,16 @@ def evaluate(
         logits = logits_of(network, images)
         if int(labels.max()) >= logits.shape[1]:
             raise UserError(f"label {int(labels.max())} has no logit: the network has {logits.shape[1]} classes")
-        target = Target(network, images, labels, decide(logits) == labels)
         flags = diagnostics.check_network(network, images, labels, logits)
-        budget = Budget(batch_size, None if time_limit is None else started + time_limit)
+        draws = any(flag.id in ("random-forward", "batch-dependent-forward") for flag in flags)
+        target = Target(network, images, labels, decide(logits) == labels, repeatable=not draws)
+        side_by_side = workers or (torch.get_num_threads() if images.device.type == "cpu" else 1)
+        deadline = None if time_limit is None else started + time_limit
+        budget = Budget(batch_size, deadline, precision=precision, workers=side_by_side)
         state = State(None, {})
         if state_file is not None:
-            asked = identity_of(network, images, labels, plan.attacks, seed=seed, mode=mode, about=about)
+            how = {"seed": seed, "mode": mode, "precision": precision}
+            asked = identity_of(network, images, labels, plan.attacks, **how, about=about)
             state = open_state(Path(state_file), asked, restart=restart)
         examples = None if examples_file is None else ExampleFile(examples_file, images)
         if examples is not None and state.fresh:
@@ -96,8 +112,12 @@ def evaluate(
         if examples is not None:
             examples.finish({planned.label: str(planned.threat) for planned in plan.attacks})
         cases = tuple(worst_case(place, threat, target, attempts) for place, threat in enumerate(plan.threats()))
-        if probes != "none" and _worth_probing(plan, cases):
-            flags += diagnostics.probe(network, images, labels, plan.threat, stream(seed, "probes"), probes)
+        place = _worth_probing(plan, cases)
+        if probes != "none" and place is not None:
+            robust = torch.tensor([code != BROKEN for code in cases[place].outcomes])
+            ball, rng = plan.threats()[place], stream(seed, "probes")
+            found = diagnostics.probe(network, images, labels, ball, rng, probes, robust)
+            flags += diagnostics.answered(found, [one.row for one in attempts if one.row.label in cases[place].attacks])
     for one in attempts:
         flags += diagnostics.check_row(one.row)
         if one.tally.wrote_input:
@@ -122,6 +142,10 @@ def evaluate(
         flags=tuple(diagnostics.merged(flags)),
         left_out=tuple(dataclasses.asdict(one) for one in plan.left_out),
         device=str(images.device),
+        probes=probes,
+        precision=precision,
+        workers=side_by_side,
+        threads=torch.get_num_threads(),
         mode=mode,
         labels=tuple(labels.tolist()),
         predictions=tuple(decide(logits).tolist()),
@@ -185,10 +209,14 @@ def _limits(attempts: list[Attempt], budget: Budget, batch_size: int) -> list[di
     return flags
 
 
-def _worth_probing(plan: Plan, cases: tuple[WorstCase, ...]) -> bool:
-    """A network that the battery has broken hides nothing that a probe could find."""
-    main = next((case for case in cases if (case.norm, case.eps) == (plan.threat.norm, plan.threat.eps)), None)
-    return main is None or main.robust_accuracy is None or main.robust_accuracy > WORTH_PROBING
+def _worth_probing(plan: Plan, cases: tuple[WorstCase, ...]) -> int | None:
+    """The largest ball of the main norm that the battery has left something of: what is broken hides nothing."""
+    left = [
+        (parse_eps(case.eps), place)
+        for place, case in enumerate(cases)
+        if case.norm == plan.threat.norm and (case.robust_accuracy is None or case.robust_accuracy > WORTH_PROBING)
+    ]
+    return max(left)[1] if left else None
 
 
 def _check_inputs(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:

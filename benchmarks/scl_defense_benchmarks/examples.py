@@ -28,10 +28,19 @@ class ExampleFile:
         self.path, self.shape = Path(path), tuple(images.shape)
         if self.path.suffix != SUFFIX:
             raise UserError(f"'{path}' must end in {SUFFIX}: examples are saved as float32 safetensors")
-        self.parts = self.path.with_name(f".{self.path.name}.part")
+        self.parts = _parts(self.path)
         self._images, self._size = images, images.numel() * 4
+        self._gone, self._orphan = self.parts.with_suffix(".gone"), self.parts / "orphan"
         try:
-            self.parts.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._gone, ignore_errors=True)
+            if not self.parts.exists():
+                # Whatever a state says of this folder's examples, they are not in it: until it is whole, each call
+                # makes all of them. (A folder that begins a battery is told so by `clear`.)
+                begun = self.parts.with_suffix(".new")
+                shutil.rmtree(begun, ignore_errors=True)
+                begun.mkdir(parents=True)
+                (begun / self._orphan.name).touch()
+                os.replace(begun, self.parts)
         except OSError as error:
             raise UserError(f"cannot make the folder '{self.parts}': {error.strerror}") from None
 
@@ -50,7 +59,10 @@ class ExampleFile:
             kept.flush()
 
     def has(self, attack: int) -> bool:
-        """An earlier call for the same question has begun this attack's examples."""
+        """An earlier call for the same question has begun this attack's examples, and none of them is lost."""
+        return not self._orphan.exists() and self._is_there(attack)
+
+    def _is_there(self, attack: int) -> bool:
         raw = self._raw(attack)
         return raw.exists() and raw.stat().st_size == self._size
 
@@ -60,7 +72,7 @@ class ExampleFile:
     def _open(self, attack: int) -> np.memmap:
         raw = self._raw(attack)
         try:
-            if not self.has(attack):
+            if not self._is_there(attack):
                 fresh = raw.with_suffix(".new")
                 with open(fresh, "wb") as stream:
                     for image in self._images.split(256):
@@ -70,8 +82,10 @@ class ExampleFile:
         except OSError as error:
             raise UserError(f"cannot write '{raw}': {error.strerror}") from None
 
-    def finish(self, attacks: Mapping[str, str]) -> None:
-        """Write the whole file at once under its name. attacks: label -> ball, in the battery's order."""
+    def finish(self, attacks: Mapping[str, str], *, keep: bool = False) -> None:
+        """Write the whole file at once under its name. attacks: label -> ball, in the battery's order. keep: the raw
+        files too, for whoever goes on with the battery; :func:`discard` takes them away.
+        """
         size = self._size
         header: dict[str, Any] = {
             "__metadata__": {
@@ -98,10 +112,24 @@ class ExampleFile:
             os.replace(temporary, self.path)
         except OSError as error:
             raise UserError(f"cannot write '{self.path}': {error.strerror}") from None
-        shutil.rmtree(self.parts, ignore_errors=True)
+        if not keep:
+            self._remove()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):  # as a whole or not at all: a state may still speak of them
+            os.replace(self.parts, self._gone)
+        shutil.rmtree(self._gone, ignore_errors=True)
 
     def clear(self) -> None:
         """Throw away what an earlier, other run left here."""
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self.parts)
+        self._remove()
         self.parts.mkdir(parents=True, exist_ok=True)
+
+
+def _parts(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def discard(path: str | Path) -> None:
+    """Take away the raw files that :meth:`ExampleFile.finish` has kept beside the examples in ``path``."""
+    shutil.rmtree(_parts(Path(path)), ignore_errors=True)

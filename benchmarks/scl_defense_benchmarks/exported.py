@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scl_defense.checkpoint import inflated
 from scl_defense.errors import UserError
 from scl_defense_benchmarks.containers import Kind
 
@@ -61,6 +62,10 @@ def load_graph(path: Path, kind: Kind, *, trust: bool = False) -> nn.Module:
     """The network in such a file, on the CPU, in float32. Raises :class:`UserError`, one line."""
     loaders = {"torchscript": _torchscript, "export": _exported, "onnx": _onnx}
     try:
+        if kind != "onnx":
+            with zipfile.ZipFile(path) as archive:
+                if bomb := inflated(archive, path.stat().st_size):
+                    raise UserError(f"'{path}' is not a readable checkpoint: {bomb}")
         return loaders[kind](path, trust)
     except UserError:
         raise

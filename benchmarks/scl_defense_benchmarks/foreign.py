@@ -43,6 +43,12 @@ def load_foreign(path: Path, options: Mapping[str, Any]) -> LoadedClassifier | N
         state, where = find_state(content, str(path), options.get("weights"))
         whole = _whole_network(content)
         if state is None:
+            if trust and isinstance(content, Mapping):
+                held = ", ".join(f"{str(name)!r} ({type(item).__name__})" for name, item in list(content.items())[:8])
+                raise UserError(
+                    f"'{path}' holds no weights and no network under a usual name, only {held or 'nothing'}; save the "
+                    "network itself, or under 'model'"
+                )
             return None
         if not options.get("model") and whole is None and not options.get("classes"):
             raise UserError(

@@ -11,6 +11,7 @@ from scl_defense.guard import frozen
 from scl_defense.threat import ALL_NORMS, NORMS, ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
+from scl_defense_benchmarks.twin import Twin
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,12 +37,13 @@ class FGSM:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "native"
     family: ClassVar[str] = "fgsm"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the Linf ball, shaped as ``images``."""
-        return PGD(steps=1, rel_step=1.0, random_start=False)(classifier, images, labels, threat, rng)
+        return PGD(steps=1, rel_step=1.0, random_start=False, early_stop=False)(classifier, images, labels, threat, rng)
 
 
 @component
@@ -55,28 +57,42 @@ class PGD:
     rel_step: RelStep = 0.25
     random_start: RandomStart = True
     loss: Annotated[Literal["ce", "margin"], Field(description="loss to be maximised")] = "ce"
+    early_stop: Annotated[bool, Field(description="a fooled image stays where it is, and costs no more")] = True
 
     norms: ClassVar[frozenset[str]] = frozenset(NORMS)
     minimal: ClassVar[bool] = False
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "native"
     family: ClassVar[str] = "pgd"
+    parallel: ClassVar[bool] = True  # draws from rng alone
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
         loss, labels = LOSSES[self.loss], labels.long()
+        twin = classifier if isinstance(classifier, Twin) else None
+
+        def objective(adversarial: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            if twin is not None:
+                twin.rows = rows
+            logits, truth = classifier(adversarial), labels[rows]
+            return loss(logits, truth), logits.detach().argmax(1) != truth
+
         with frozen(classifier):
-            return ascend(
-                lambda adversarial: loss(classifier(adversarial), labels),
+            found = ascend(
+                objective if self.early_stop else lambda adversarial: loss(classifier(adversarial), labels),
                 images,
                 threat,
                 steps=self.steps,
                 rel_step=self.rel_step,
                 start="uniform" if self.random_start else "zero",
+                stopping=self.early_stop,
                 rng=rng,
             )
+        if twin is not None:
+            twin.rows = None
+        return found
 
 
 @component
@@ -93,6 +109,7 @@ class Noise:
     access: ClassVar[Literal["control"]] = "control"
     library: ClassVar[str] = "native"
     family: ClassVar[str] = "noise"
+    parallel: ClassVar[bool] = True
 
     @torch.no_grad()
     def __call__(

@@ -8,7 +8,15 @@ from typing import Any
 from scl_defense.errors import UserError
 from scl_defense.plugins import PluginHost
 from scl_defense.threat import ThreatModel
-from scl_defense_benchmarks.battery import TIERS, Plan, PlannedAttack, parse_battery, plan_attacks
+from scl_defense_benchmarks.battery import (
+    TIERS,
+    Plan,
+    PlannedAttack,
+    Request,
+    expanded,
+    parse_battery,
+    plan_attacks,
+)
 
 MOST_RESTARTS = 1000
 
@@ -35,16 +43,14 @@ def plan_battery(
     label says which (``pgd:eps=2/255``); one that names a ball of its own is planned once. ``restarts=K`` of any attack
     that has no such option itself is ours.
     """
-    texts, repeats = _without_restarts(attacks, host)
+    requests, repeats = _without_restarts(attacks, host)
     order = sorted(dict.fromkeys(threats), key=lambda threat: threat.radius)
     if len(order) < len(threats):
         raise UserError("a radius is given twice; leave one out")
     found: list[PlannedAttack] = []
     left_out: list[Any] = []
     for threat in order:
-        plan = plan_attacks(
-            list(dict.fromkeys(texts)), host=host, threat=threat, budgets=budgets, classes=classes, **more
-        )
+        plan = plan_attacks(requests, host=host, threat=threat, budgets=budgets, classes=classes, **more)
         for planned in plan.attacks:
             for label, restarts in repeats.get(planned.label, [(planned.label, 1)]):
                 one = planned
@@ -76,28 +82,28 @@ def _among(one: PlannedAttack, others: Iterable[PlannedAttack]) -> bool:
 
 def _without_restarts(
     attacks: str | Iterable[str], host: PluginHost
-) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:
-    """The battery without our option, and for each text that had it: its labels as written, with the counts."""
-    texts: list[str] = []
+) -> tuple[list[Request], dict[str, list[tuple[str, int]]]]:
+    """The battery without our option, and for each label without it: the labels as written, with the counts."""
+    bare: dict[str, Request] = {}
     repeats: dict[str, list[tuple[str, int]]] = {}
-    for request in parse_battery(attacks):
+    for request in (expanded(request, host) for request in parse_battery(attacks)):
         value = request.options.get("restarts")
         own = request.name in host["attack"] and "restarts" in getattr(
             host["attack"].get(request.name), "__dataclass_fields__", {}
         )
         if value is None or own or request.name in TIERS:  # a tier takes no options: the planner says so
-            texts.append(request.label)
-            repeats.setdefault(request.label, []).append((request.label, 1))
-            continue
-        if not value.isdecimal() or not 1 <= int(value) <= MOST_RESTARTS:
+            label, restarts, options = request.label, 1, request.options
+        elif not value.isdecimal() or not 1 <= int(value) <= MOST_RESTARTS:
             raise UserError(
                 f"attack '{request.label}': restarts '{value}' must be a whole number from 1 to {MOST_RESTARTS}"
             )
-        pieces = [piece.strip() for piece in request.label.split(":")]
-        bare = ":".join(piece for piece in pieces if piece.partition("=")[0].strip() != "restarts")
-        texts.append(bare)
-        repeats.setdefault(bare, []).append((request.label, int(value)))
-    for text, wanted in repeats.items():
-        if len({restarts for _, restarts in wanted}) < len(wanted):
-            raise UserError(f"attack '{text}' is in the battery twice; leave one out or give it another option")
-    return texts, repeats
+        else:
+            pieces = [piece.strip() for piece in request.label.split(":")]
+            label = ":".join(piece for piece in pieces if piece.partition("=")[0].strip() != "restarts")
+            restarts = int(value)
+            options = {name: text for name, text in request.options.items() if name != "restarts"}
+        if label in bare and restarts in [count for _, count in repeats[label]]:
+            raise UserError(f"attack '{label}' is in the battery twice; leave one out or give it another option")
+        bare.setdefault(label, dataclasses.replace(request, label=label, options=options))
+        repeats.setdefault(label, []).append((request.label, restarts))
+    return list(bare.values()), repeats

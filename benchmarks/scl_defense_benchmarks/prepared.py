@@ -115,6 +115,8 @@ def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except RecursionError:
+        raise UserError(f"label map '{path}' is nested too deeply; it is a list of classes") from None
     except OSError as error:
         raise UserError(f"label map '{path}' cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -128,7 +130,7 @@ def _place(entry: Any, classes: Sequence[str]) -> int | None:
         return list(classes).index(str(entry))
     try:
         number = int(entry)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # JSON knows Infinity
         raise UserError(f"label map: the data has no class '{entry}'{nearest(str(entry), list(classes))}") from None
     if not 0 <= number < len(classes):
         raise UserError(f"label map: class {number} is not one of 0..{len(classes) - 1}; write - for an unused output")

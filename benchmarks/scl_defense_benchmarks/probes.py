@@ -27,7 +27,7 @@ ATTACKED = {"quick": 100, "deep": 200}  # images, rightly classified ones
 BATCH = 50
 STEPS, REL_STEP = 20, 0.25
 FULL_RANGE_STEPS = 40
-DRAWS = {"quick": 30, "deep": 300}
+DRAWS = {"quick": 30, "deep": 10_000}
 QUERIES = {"quick": 200, "deep": 1000}
 
 ZERO_GRADIENT = (0.0, 0.05)  # share of images (auto-attack; Pintor et al. 2022)
@@ -38,6 +38,8 @@ LOSSES = (0.03, 0.10)  # 0.025 seen on an honest adversarially trained network, 
 RESTARTS, MANY_RESTARTS = 0.05, 0.005
 FULL_RANGE = 0.20
 BLACK_BOX = (0.01, 0.05)
+TOO_WEAK = 0.01
+FEWEST = 3  # images: a share of fewer is an anecdote
 NOISE_ONLY = 0.01
 SLOPES = (0.10, 0.50)  # share of images whose autograd gradient is not the slope
 SLOPE_ERROR = 0.5
@@ -56,21 +58,23 @@ def probe(
     threat: ThreatModel,
     rng: torch.Generator,
     depth: Depth = "quick",
+    robust: Tensor | None = None,
 ) -> list[Flag]:
     """Attack a few images on purpose, to see whether gradients and attacks behave as they must.
 
     network: (N, C, H, W) in [0, 1] -> logits (N, K), given back unchanged. images, labels: those of the evaluation;
     the first 100 (``deep``: 200) that are classified rightly are used. threat: the main ball. rng: every draw comes
-    from it. A network that answers randomly is only called so: no comparison on it means anything.
+    from it. robust: (N,) bool, images that the battery has left unbroken in that ball: what the probes break of them,
+    the battery was too weak for. A network that answers randomly is only called so: no comparison on it means anything.
     """
     if depth == "none" or len(images) == 0:
         return []
     with frozen(network):
-        before = _state(network)
+        before = state_of(network)
         with _watch_autograd() as inner:
             logits = logits_of(network, images)
             repeated = logits_of(network, images)
-        flags = _same_state(before, _state(network))
+        flags = same_state(before, state_of(network))
         if inner:
             flags.append(flagged("gradient-in-forward", f"The forward pass asked for gradients {len(inner)} times."))
         if not torch.equal(decide(logits), decide(repeated)):
@@ -79,6 +83,7 @@ def probe(
         if len(right) == 0:
             return flags
         images, labels = images[right], labels[right]
+        robust = None if robust is None else robust.to(images.device)[right]
         trial = _Trial(network, images, labels.long(), rng, logits.shape[1])
         flags += _gradients(trial)
         if any(flag.id == "cut-gradient" for flag in flags):
@@ -86,7 +91,7 @@ def probe(
         try:
             flags += _slopes(trial)
             if threat.radius > 0 and threat.norm in ("linf", "l2", "l1"):
-                flags += _behaviour(trial, threat, depth)
+                flags += _behaviour(trial, threat, depth, robust)
         except Exception as error:  # an examination beside the battery must not end it
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             flags.append(flagged("probe-failed", f"The probes stopped: {reason}."))
@@ -262,7 +267,7 @@ def _margins(trial: _Trial, points: Tensor) -> Tensor:
 # -- how attacks behave
 
 
-def _behaviour(trial: _Trial, threat: ThreatModel, depth: Depth) -> list[Flag]:
+def _behaviour(trial: _Trial, threat: ThreatModel, depth: Depth, robust: Tensor | None) -> list[Flag]:
     flags, n = [], len(trial.images)
     nothing = ThreatModel(threat.norm, "0")
     if changed := int(trial.broken(nothing.random_start(trial.images, trial.rng)).sum()):
@@ -296,10 +301,20 @@ def _behaviour(trial: _Trial, threat: ThreatModel, depth: Depth) -> list[Flag]:
     flags += _worse("budget-not-monotone", entropy.ever, wider, (BEATEN_BY, BEATEN_BY), f"eps {threat.eps}", double.eps)
     flags += _full_range(trial, threat)
     flags += _without_gradients(trial, threat, white, depth)
+    if robust is not None:
+        flags += _too_weak(white & robust)
     if met := int(trial.nonfinite.sum()):
         what = f"The network returns NaN or infinite logits inside the ball of {met} of {n} images."
         flags.append(flagged("not-finite-logits", what, "warning", measured=met / n, threshold=0.0))
     return flags
+
+
+def _too_weak(missed: Tensor) -> Iterator[Flag]:
+    """missed: (N,) images that the battery has left and a probe has broken, in the same ball."""
+    share = missed.double().mean().item()
+    if share > TOO_WEAK and int(missed.sum()) >= FEWEST:
+        what = f"Short probes break {int(missed.sum())} of {len(missed)} images that the whole battery has left."
+        yield flagged("battery-too-weak", what, measured=share, threshold=TOO_WEAK)
 
 
 def _on_survivors(
@@ -335,9 +350,11 @@ def _severity(id: str, wanted: Severity) -> Severity:
 
 
 def _rising(climb: _Climb) -> Iterator[Flag]:
-    stuck = ~climb.ever & ~(climb.last > climb.first)
+    # Cross-entropy below the resolution of float32 cannot be seen to rise; the margin and the scale answer there.
+    stuck = ~climb.ever & ~(climb.last > climb.first) & (climb.first > torch.finfo(torch.float32).eps)
     share = stuck.double().mean().item()
-    if grade := graded(share, NOT_RISING):
+    grade = graded(share, NOT_RISING)
+    if grade and int(stuck.sum()) >= FEWEST:
         what = f"After {STEPS} steps the loss is no higher than before on {int(stuck.sum())} of {len(stuck)} images."
         yield flagged("loss-not-rising", what, grade[0], measured=share, threshold=grade[1])
 
@@ -409,12 +426,14 @@ def _without_gradients(trial: _Trial, threat: ThreatModel, white: Tensor, depth:
 # -- the network's state
 
 
-def _state(network: nn.Module) -> dict[str, Tensor]:
+def state_of(network: nn.Module) -> dict[str, Tensor]:
+    """Every weight and buffer, copied."""
     named = [*network.named_parameters(), *network.named_buffers()]
     return {name: value.detach().clone() for name, value in named}
 
 
-def _same_state(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[Flag]:
+def same_state(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[Flag]:
+    """A flag where answering has changed what :func:`state_of` saw before."""
     names = [name for name in after if name not in before or not _equal(before[name], after[name])]
     if not names:
         return []

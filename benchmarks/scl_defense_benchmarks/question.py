@@ -1,5 +1,6 @@
 """What is asked of a network: the images, the labels and the balls around them, from what a user has named."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,11 @@ def ask(
 ) -> Question:
     """Open the network and its data; the arguments are those of :func:`scl_defense.benchmark`.
 
+    n above the number of images takes them all, and says so (``say`` of ``foreign``; default: a line on stderr).
     Raises :class:`UserError` where something is missing or does not fit together.
     """
+    if n is not None and n < 1:
+        raise UserError(f"n is {n}; it must be at least 1")
     pair = None if images is None and labels is None else _own_images(images, labels, n)
     if pair is not None and data is not None:
         raise UserError("images and data are both given; leave one out")
@@ -62,7 +66,7 @@ def ask(
     if opened is not None:
         options |= {"classes": opened.classes, "image_shape": opened.image_shape}
     elif pair is not None:
-        options |= {"image_shape": tuple(pair[0].shape[1:])}
+        options |= {"image_shape": tuple(pair[0].shape[1:]), "outputs": int(pair[1].max()) + 1}
     subject = open_subject(checkpoint, host, device, options)
     if pair is not None:
         images, labels, indices = pair
@@ -76,7 +80,12 @@ def ask(
         name, budgets, classes = opened.name, opened.budgets, len(opened.classes)
         split = opened.split("test", limit=n, device=subject.device)
         images, labels, indices = split.float_images(), split.labels, split.indices.cpu()
+    if n is not None and n > len(images):
+        say = foreign.get("say") or _to_stderr
+        say(f"n is {n}, but '{name}' has {len(images)} images: all of them are taken")
     threats = _main_threats(norm, eps, subject.threat, name, budgets)
+    for threat in threats:
+        threat.check_fits(images.shape[1:])
     return Question(subject, name, classes, budgets, opened, threats, images, labels, indices)
 
 
@@ -92,12 +101,16 @@ def _own_images(images: Any, labels: Any, n: int | None) -> tuple[Tensor, Tensor
         images = images.float()
     if labels.dim() != 1 or labels.is_floating_point() or len(labels) != len(images):
         raise UserError(f"labels must be integers ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")
-    if n is not None and not 1 <= n <= len(images):
-        raise UserError(f"n is {n}; it must be at least 1 and at most {len(images)}, the number of images")
+    if len(images) == 0:
+        raise UserError("there are 0 images; give at least one")
     indices = torch.arange(len(images))
-    if n is not None:
+    if n is not None and n < len(images):
         indices = torch.from_numpy(stratified_subset(labels, n, derive_seed(0, "limit-test")))
     return images[indices.to(images.device)], labels[indices.to(labels.device)], indices
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _tensor(what: str, given: Any) -> Tensor:

@@ -50,7 +50,9 @@ class AttackRow:
     restarts: how often we started it. carried: of ``broken``, those broken by the same attack in a smaller ball and
     not attacked again; made: the others; rounded: of ``made``, those that still fool as an 8-bit image. spared: broken
     by an earlier attack of the cascade and not attacked. predictions: the wrong label, -1 where there is none.
-    queries: forward passes of each image: those of its chunk, shared equally.
+    queries: forward passes of each image; those that cannot be told apart are shared equally. precision: what the
+    attack ran in, ``fp32``, ``bf16``, or ``bf16+fp32``: the second on what had survived the first. The verdicts are
+    float32 always.
     """
 
     label: str
@@ -83,6 +85,7 @@ class AttackRow:
     spared: int = 0
     predictions: tuple[int, ...] = field(default=(), repr=False)
     queries: tuple[float, ...] = field(default=(), repr=False)
+    precision: str = "fp32"
 
     @property
     def survive_rounding(self) -> float | None:
@@ -115,7 +118,9 @@ class EvaluationResult:
     """One evaluation of one network: the report. norm, eps: the main threat. data, checkpoint: ``None`` if unknown.
 
     mode: ``independent``: every attack gets every rightly classified image; ``cascade``: what no attack before it has
-    broken. labels, predictions: of the clean images. indices: their places in the data's test split, if it has one.
+    broken. probes: how much was tried beside the battery. precision: as asked for. workers, threads: chunks side by
+    side, torch's threads; neither reaches a number. labels, predictions: of the clean images. indices: their places in
+    the data's test split, if it has one.
     """
 
     n: int
@@ -136,6 +141,10 @@ class EvaluationResult:
     plugins: tuple[Mapping[str, str], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    probes: str = "none"
+    precision: str = "fp32"
+    workers: int = 1
+    threads: int = 1
     command: str | None = None
     created: str | None = None
     mode: str = "independent"
@@ -273,9 +282,11 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise UserError(f"'{path}' is a directory; give the result a file name, like {path / 'result.json'}")
     if path.exists():
+        if not path.is_file():  # reading a device or a pipe would never end
+            raise UserError(f"'{path}' is no regular file; choose another --out")
         try:
             schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             schema = None
         if not str(schema).startswith("scl-defense-result/"):
             raise UserError(f"'{path}' exists and is no benchmark result; it is kept, choose another --out")

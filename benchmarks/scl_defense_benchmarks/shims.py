@@ -194,6 +194,20 @@ def pulled_back(
 
 
 @torch.no_grad()
+def pushed_out(
+    classifier: nn.Module, images: Tensor, labels: Tensor, examples: Tensor, *, share: float = 1e-3
+) -> Tensor:
+    """Examples moved on by ``share`` of their way from the image where they are wrong there; others unchanged.
+
+    A search along the boundary ends on it to the last bit: right or wrong by the batch that it is judged in.
+    """
+    further = into_box(images, images + (1 + share) * (examples - images))
+    with frozen(classifier):
+        wrong = decide(logits_of(classifier, further)) != labels
+    return torch.where(wrong.view(-1, 1, 1, 1), further, examples)
+
+
+@torch.no_grad()
 def random_wrong(
     classifier: nn.Module, images: Tensor, labels: Tensor, rng: torch.Generator, *, draws: int = 100
 ) -> tuple[Tensor, Tensor]:

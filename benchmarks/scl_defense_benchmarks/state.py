@@ -18,7 +18,7 @@ from scl_defense_benchmarks.battery import PlannedAttack
 
 FORMAT = "scl-defense-battery-state/1"
 _BELONGS = {"model": "model", "data": "data", "battery": "battery", "seed": "seed", "mode": "mode",
-            "versions": "version of a library"}  # fmt: skip
+            "precision": "precision", "versions": "version of a library"}  # fmt: skip
 
 
 class State:
@@ -56,12 +56,17 @@ def locked(path: str | Path) -> Iterator[None]:
     """One process a result. Raises :class:`UserError` when another one writes it."""
     lock = FileLock(str(path) + ".lock")
     try:
+        # The lock itself tells no folder that cannot be written from one that somebody else is writing.
+        os.close(os.open(lock.lock_file, os.O_RDWR | os.O_CREAT, 0o666))
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"another benchmark is writing '{path}'; wait for it or choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot write beside '{path}': {error.strerror}; choose another --out") from None
+    from scl_defense.checkpoint import sweep
+
     try:
+        sweep(Path(path).parent, Path(path).name)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -74,8 +79,8 @@ def open_state(path: Path | None, identity: Mapping[str, Any], *, restart: bool 
 
     A complete battery's state is taken away by whoever has written its result.
 
-    Raises :class:`UserError` when it belongs to another question (model, data, battery, seed, mode, versions) or
-    cannot be read.
+    Raises :class:`UserError` when it belongs to another question (model, data, battery, seed, mode, precision,
+    versions) or cannot be read.
     """
     from scl_defense.checkpoint import atomic_write_bytes
 
@@ -120,6 +125,7 @@ def identity_of(
     *,
     seed: int,
     mode: str,
+    precision: str = "fp32",
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a state belongs to. about: what else tells this model from others (the sha256 of its file)."""
@@ -136,6 +142,7 @@ def identity_of(
         "battery": _sha256([json.dumps(battery)]),
         "seed": seed,
         "mode": mode,
+        "precision": precision,
         "versions": versions(),
     }
 

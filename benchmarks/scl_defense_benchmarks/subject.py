@@ -42,8 +42,9 @@ def open_subject(
     """A file, a name that a plugin knows (``robustbench:NAME``), or a network in memory, ready to be attacked.
 
     foreign: what was said beside it, each with the default ``None``: ``classes``, ``image_shape`` (of the data that was
-    named), ``label_map``, ``mean``, ``std``, ``channels``, and what :func:`scl_defense_benchmarks.foreign.load_foreign`
-    reads. The label map comes last: what it leaves are the data's classes.
+    named), ``outputs`` (how many logits there must be, where the classes have no names), ``label_map``, ``mean``,
+    ``std``, ``channels``, and what :func:`scl_defense_benchmarks.foreign.load_foreign` reads. The label map comes last:
+    what it leaves are the data's classes.
     """
     for name in foreign.keys() - _KNOWN:
         raise UserError(f"there is no option '{name}'{nearest(name, sorted(_KNOWN))}")
@@ -58,6 +59,7 @@ def open_subject(
         subject = _from_file(checkpoint, host, device, foreign)
     else:
         raise UserError(f"a checkpoint is a path or a torch.nn.Module, not {type(checkpoint).__name__}")
+    subject = _unwrapped(subject, foreign)
     if label_map is None:
         return subject
     about = {**subject.about, "label_map": label_map}
@@ -83,6 +85,51 @@ def _from_memory(network: nn.Module, device: str, foreign: Mapping[str, Any]) ->
         wrapped.training = network.training
         network = wrapped
     return Subject(network, where, about)
+
+
+class OneOutput(nn.Module):
+    """A network that returns several tensors, as the one of its outputs that holds the logits. key: a place or name."""
+
+    def __init__(self, network: nn.Module, key: Any):
+        super().__init__()
+        self.network, self.key = network, key
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[self.key]
+
+
+def _unwrapped(subject: Subject, foreign: Mapping[str, Any]) -> Subject:
+    """The subject with the logits among its outputs: where it returns a tuple, list or dict in which exactly one
+    element is a floating (N, K) tensor, K being how many outputs it must have. Anything else stays as it is.
+    """
+    outputs = len(foreign.get("label_map") or foreign.get("classes") or ()) or foreign.get("outputs")
+    shape = foreign.get("image_shape") or subject.image_shape
+    if not outputs or shape is None or len(shape) != 3:
+        return subject
+    network = subject.network
+    blank = torch.full((2, *shape), 0.5, device=subject.device)
+    with frozen(network), seeded_globals(0), torch.no_grad():
+        try:
+            output = network(blank)
+        except Exception:  # whatever a stranger's network raises; who looks at its logits says so
+            return subject
+    if isinstance(output, Mapping):
+        elements = list(output.items())
+    elif isinstance(output, (tuple, list)):
+        elements = list(enumerate(output))
+    else:
+        return subject
+    found = [
+        key
+        for key, value in elements
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == (2, outputs)
+    ]
+    if len(found) != 1:
+        return subject
+    key = found[0] if isinstance(found[0], int) else str(found[0])  # as it stands in the result
+    wrapped = OneOutput(network, found[0])
+    wrapped.training = network.training
+    return replace(subject, network=wrapped, about={**subject.about, "output": key})
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -120,7 +167,7 @@ def _from_file(checkpoint: str | Path, host: PluginHost, device: str, foreign: M
 
 
 _FOREIGN_ONLY = ("model", "model_options", "mean", "std", "channels", "head", "weights")
-_KNOWN = {*_FOREIGN_ONLY, "host", "classes", "image_shape", "label_map", "trust_pickle", "say"}
+_KNOWN = {*_FOREIGN_ONLY, "host", "classes", "image_shape", "outputs", "label_map", "trust_pickle", "say"}
 
 
 def is_name(checkpoint: str | Path) -> bool:
@@ -157,7 +204,7 @@ def _json_part(meta: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in meta.items():
         try:
             plain[name] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             continue
     return plain
 

@@ -31,6 +31,7 @@ from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
+from scl_defense_benchmarks.draws import image_by_image
 from scl_defense_benchmarks.fields import Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
 from scl_defense_benchmarks.forward import logits_of
 from scl_defense_benchmarks.library_guard import library_call
@@ -364,12 +365,12 @@ def _one_by_one(
     labels: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """A score attack on one image after the other, each with probabilities softened for it."""
-    made = [
-        _call(build, classifier, image[None], label[None], rng, shim=SoftLogits)
-        for image, label in zip(images, labels, strict=True)
-    ]
-    return torch.cat(made)
+    """A score attack on one image after the other, each with probabilities softened for it, and draws of its own."""
+
+    def call(image: Tensor, label: Tensor, own: torch.Generator) -> Tensor:
+        return _call(build, classifier, image, label, own, shim=SoftLogits)
+
+    return image_by_image(call, images, labels, rng)
 
 
 #: Attacks whose examples carry over to other networks: name -> what builds them from a network and its settings.

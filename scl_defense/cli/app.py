@@ -1,6 +1,8 @@
 """The group, its lazily imported commands, and the one place where errors become lines and exit codes."""
 
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -8,7 +10,7 @@ from typing import Any
 
 import click
 
-from scl_defense.errors import SclDefenseError
+from scl_defense.errors import SclDefenseError, printable
 
 # command -> (module, one-line help). A command's module is imported when it runs, not for --help.
 COMMANDS = {
@@ -18,8 +20,10 @@ COMMANDS = {
     "study": ("scl_defense.cli.study", "Train and attack a grid of methods and seeds; tables, figures, a summary."),
     "generate": ("scl_defense.cli.generate", "Make adversarial examples once and store them for training."),
     "finetune": ("scl_defense.cli.finetune", "Judge a trained encoder by a fixed protocol: SLF, ALF or AFF."),
-    "plugins": ("scl_defense.cli.plugins", "What is installed and from where; the contract test."),
+    "report": ("scl_defense.cli.report", "One page to send to others: of a result, of several, of a study."),
+    "plugins": ("scl_defense.cli.plugins", "What is installed and from where; the contract test; a new one."),
     "info": ("scl_defense.cli.info", "What a checkpoint holds."),
+    "doctor": ("scl_defense.cli.doctor", "What this installation has, what is missing, what does not fit."),
 }
 # click 8.2 raises it where 8.1 printed the help by itself; an empty tuple catches nothing.
 NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
@@ -74,13 +78,24 @@ def cli(debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130/143 stopped by a signal."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(arguments))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, answered as Ctrl-C is: nothing is left half-done. (While a network trains, training answers both.)"""
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise Terminated
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; errors are one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments  # before or after the command
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         result: Any = cli.main(args=arguments, prog_name="scl-defense", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -90,8 +105,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "scl-defense")
         return _fail(error.format_message().replace("\n", " "), 2, debug, f" (see: {command} --help)")
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped", 130, debug)
+    except (click.Abort, KeyboardInterrupt) as error:  # click makes its own of a KeyboardInterrupt
+        terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
+        return _fail("stopped", 143 if terminated else 130, debug)
     except SclDefenseError as error:
         return _fail(" ".join(str(error).split()), error.exit_code, debug)
     except BrokenPipeError:  # the reader of a pipe has gone: `... | head`
@@ -109,5 +125,5 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool, hint: str = "") -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"error: {message}{hint}", err=True)
+    click.echo(f"error: {printable(message)}{hint}", err=True)
     return code

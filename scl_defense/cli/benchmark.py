@@ -18,22 +18,30 @@ from scl_defense.errors import UserError
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--attacks", default="fgsm,pgd,cw", show_default=True, metavar="LIST",
               help="Attacks with options (pgd:steps=40,art:cw,cw:eps=0.5; see: plugins list attacks), or a battery: "
-              "quick (noise, fgsm, pgd), standard (quick + cw, deepfool, apgd-ce, apgd-t, fab-t, square), full "
-              "(standard + cross-checks + autoattack).")  # fmt: skip
+              "quick (noise, fgsm, pgd, pgd-l2), standard (quick + cw, deepfool, apgd-ce, apgd-dlr, apgd-t, fab-t, "
+              "square), full (standard + cross-checks + autoattack). Short for options: pgd-l2, pgd-20, pgd-100, "
+              "cw-art (art:cw), hopskipjump (hsj). What cannot work here is skipped, and the table says why.")  # fmt: skip
 @subject_options
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's. Several are a curve: "
               "2/255,4/255,8/255 (the largest is the main one).")  # fmt: skip
-@click.option("--n", type=click.IntRange(min=1), help="Attack only so many test images (stratified).")
+@click.option("--n", type=click.IntRange(min=1), help="Attack only so many test images (stratified); all, if fewer.")
 @click.option("--mode", type=click.Choice(["independent", "cascade"]), default="independent", show_default=True,
               help="independent: every attack gets every image, so that they compare; cascade: only what no attack "
               "before it has broken.")  # fmt: skip
 @click.option("--time-limit", metavar="TIME", help="Seconds, or 10m, 2h: an attack that does not fit is 'not run'.")
 @click.option("--surrogate", metavar="CKPT", help="Another network, for attacks that transfer from it.")
+@click.option("--surrogate-model", metavar="NAME", help="Its network, if it is a file of bare weights; default: as "
+              "--model and -m. It is normalised as --mean, --std and --channels say.")  # fmt: skip
 @click.option("--probes", type=click.Choice(["quick", "deep", "none"]), default="quick", show_default=True,
               help="How much is tried beside the battery to find masked gradients.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True,
               help="The most images at a time; saves memory and reaches no number.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "auto", "bf16"]), default="fp32", show_default=True,
+              help="What attacks run in; every verdict is float32. bf16: bfloat16 first, then float32 on what "
+              "survived; auto: only where it was measured to find as much, and is faster here.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), help="Batches attacked side by side; default: as many as torch "
+              "has threads. Reaches no number.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every attack.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--out", metavar="FILE.json", help="Result file; default: beside the checkpoint. The same command "
@@ -42,7 +50,7 @@ from scl_defense.errors import UserError
 @click.option("--per-image", metavar="FILE.csv", help="Write a line for each attack and image.")
 @click.option("--save-examples", metavar="FILE.safetensors", help="Write the adversarial examples, float32.")
 @click.option("--fail-under", type=click.FloatRange(0, 1), metavar="SHARE",
-              help="Exit 1 when the worst case of the main ball is below this, or unknown.")  # fmt: skip
+              help="Exit 1 when the worst case of the main ball is below this, unknown, or in doubt.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit 1 when a flag says that a number cannot be trusted.")
 @common.plugin_option
 @common.json_option
@@ -100,6 +108,9 @@ def command(
         common.print_json({**result.to_json(), "file": out})
     else:
         _show(result)
+        taken = (result.checkpoint or {}).get("output")
+        if taken is not None:
+            click.echo(f"the network returns several outputs: {taken!r} holds the logits")
         click.echo(f"result: {shlex.quote(out)}")
         for file in (file for file in (per_image, save_examples) if file):
             click.echo(f"also: {shlex.quote(file)}")
@@ -111,8 +122,9 @@ def command(
 def _failures(result: Any, fail_under: float | None, strict: bool) -> list[str]:
     """Why the command ends with 1: nothing ran, or what was demanded of the numbers does not hold."""
     found = []
-    if all(row.status == "failed" for row in result.attacks):
-        found.append("every attack failed")
+    if all(row.status in ("failed", "not run") for row in result.attacks):
+        every = all(row.status == "failed" for row in result.attacks)
+        found.append("every attack failed" if every else "no attack was run")
     if fail_under is not None:
         case = result.worst_case
         worst = None if case is None else case.robust_accuracy
@@ -122,6 +134,8 @@ def _failures(result: Any, fail_under: float | None, strict: bool) -> list[str]:
             found.append(f"the worst case {worst:.3f} is below --fail-under {fail_under:g}")
         elif not result.complete:
             found.append("not every attack was run, so that the worst case is an upper bound")
+        elif result.conclusion.kind == "not-trustworthy":
+            found.append(f"--fail-under asks for a number that can be trusted: {result.conclusion.text}")
     grave = sorted({flag.id for flag in result.flags if flag.severity == "error"})
     if strict and grave:
         found.append(f"--strict: {', '.join(grave)}")
@@ -140,7 +154,11 @@ def _seconds(text: str | None) -> float | None:
 
 def _beside(checkpoint: Path, settings: dict[str, Any]) -> Path:
     """The same question again goes into the same file; another question never overwrites an answer."""
-    asked = sorted((name, value) for name, value in settings.items() if name not in ("device", "say"))
+    asked = sorted(
+        (name, value)
+        for name, value in settings.items()
+        if name not in ("device", "say", "workers") and (name, value) != ("surrogate_model", None)
+    )
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()
     return checkpoint.with_name(f"{checkpoint.stem}-benchmark-{digest[:8]}.json")
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
+from scl_defense.errors import printable
 
 
 @click.command("info")
@@ -43,13 +44,15 @@ def command(checkpoint: str, as_json: bool) -> None:
         common.print_json(summary)
         return
     for name, value in summary.items():
+        # The file is somebody's: what it says is shown, and no terminal obeys it.
         if isinstance(value, dict):
             click.echo(f"{name}:")
             for key, item in value.items():
-                click.echo(f"  {key}: {item}")
+                click.echo(printable(f"  {key}: {item}"))
         elif name == "plugins":
-            click.echo("plugins: " + ", ".join(f"{p['plugin']} ({p['distribution']} {p['version']})" for p in value))
+            told = (f"{p['plugin']} ({p.get('distribution')} {p.get('version')})" for p in value)
+            click.echo(printable("plugins: " + ", ".join(told)))
         elif isinstance(value, (list, tuple)):
-            click.echo(f"{name}: " + ", ".join(str(item) for item in value))
+            click.echo(printable(f"{name}: " + ", ".join(str(item) for item in value)))
         else:
-            click.echo(f"{name}: {value}")
+            click.echo(printable(f"{name}: {value}"))

@@ -1,5 +1,9 @@
-"""``scl-defense plugins``: what is installed and from where; the options of one component; the contract test."""
+"""``scl-defense plugins``: what is installed and from where; one component's options; the contract test; a new one."""
 
+import itertools
+import re
+import shlex
+import textwrap
 from typing import Any
 
 import click
@@ -9,10 +13,12 @@ from scl_defense.errors import UserError, nearest
 from scl_defense.plugins import PluginHost
 from scl_defense.registry import KINDS, Entry
 
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
+
 
 @click.group("plugins")
 def command() -> None:
-    """What is installed and from where, what failed and why; the contract test."""
+    """What is installed and from where, what failed and why; the contract test; a new plugin."""
 
 
 @command.command("list")
@@ -63,6 +69,38 @@ def check(name: str, options: tuple[str, ...], data_root: str | None, plugins: t
         click.echo(f"{len(reports)} checks, {failed} failed")
     if any(not report.passed for report in reports):
         raise click.exceptions.Exit(1)
+
+
+@command.command("new")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(KINDS), default="generator", show_default=True, help="What it adds.")
+@click.option("--out", default=".", show_default=True, metavar="DIR", help="Folder to write scl-defense-NAME/ into.")
+@common.json_option
+def new(name: str, kind: str, out: str, as_json: bool) -> None:
+    """Write a new plugin: a distribution that installs and passes the contract test as it is.
+
+    \b
+    scl-defense plugins new my-noise --kind generator
+    pip install -e scl-defense-my-noise
+    scl-defense plugins check my-noise
+    """
+    from scl_defense import scaffold
+
+    written = scaffold.write_plugin(name, kind, out)
+    folder, shown = written[0].parent, name.removeprefix(scaffold.PREFIX)
+    if as_json:
+        common.print_json(
+            {"folder": str(folder), "name": shown, "kind": kind, "files": [str(path) for path in written]}
+        )
+        return
+    click.echo(f"wrote {folder}:")
+    for path in written:
+        click.echo(f"  {path.relative_to(folder)}")
+    click.echo(f"next: pip install -e {shlex.quote(str(folder))}")
+    click.echo(f"      scl-defense plugins list {shown}")
+    click.echo(f"      scl-defense plugins check {kind}:{shown}")
+    click.echo(f"      {scaffold.command_of(shown, kind)}")
+    click.echo(f"      python -m pytest {shlex.quote(str(folder))}")
 
 
 def _find(host: PluginHost, name: str) -> list[Entry]:
@@ -137,10 +175,26 @@ def _plain(text: str) -> Any:
 
 
 def _show_one(row: dict[str, Any]) -> None:
+    width = common.console().width
     click.echo(f"{row['kind']} {row['name']}, from {row['distribution']} {row['version']}")
-    click.echo(f"  {row['documentation']}")
+    click.echo(_wrapped(row["documentation"], width))
     if not row["options"]:
         click.echo("  no options")
     for option in row["options"]:
-        click.echo(f"  {option['name']} ({option['type']}) [default: {option['default']}]  {option['description']}")
+        text = f"{option['name']} ({option['type']}) [default: {option['default']}]  {option['description']}"
+        click.echo(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="      ", **_WHOLE_WORDS))
     click.echo()
+
+
+def _wrapped(documentation: str, width: int) -> str:
+    """A docstring two columns in: paragraphs filled to the width; what is indented (an equation) stands as it is."""
+    first, _, rest = documentation.replace("``", "").partition("\n")
+    lines = [first, *textwrap.dedent(rest).splitlines()]
+    out: list[str] = []
+    for indented, group in itertools.groupby(lines, key=lambda line: line[:1] in ("", " ")):
+        if indented:
+            out += [f"  {line}".rstrip() for line in group]
+        else:
+            filled = textwrap.fill(" ".join(group), width - 2, **_WHOLE_WORDS)
+            out += [f"  {line}" for line in re.sub(r"::$", ":", filled).splitlines()]
+    return "\n".join(out)

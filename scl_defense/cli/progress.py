@@ -55,6 +55,9 @@ class TrainProgress(_Bar):
         if event["event"] == "step":
             self._step(event)
             return
+        if event["event"] == "note":  # quiet or not: the run is no longer what was asked for
+            self._console.print(f"note: {event['text']}", soft_wrap=True, markup=False)
+            return
         self._val = f"{event['val_clean']:.1%} clean {event['val_robust']:.1%} robust"
         if not self._quiet:
             width = len(str(event["epochs"]))

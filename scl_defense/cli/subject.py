@@ -44,6 +44,8 @@ def subject_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def found(checkpoint: str) -> Path | str:
     """The file, or the name that a plugin knows (``robustbench:NAME``)."""
     path = Path(checkpoint)
+    if path.is_dir():
+        raise UserError(f"'{checkpoint}' is a directory; give a checkpoint, a file in it such as best.pt")
     if path.exists():
         return path
     if re.fullmatch(r"[A-Za-z][\w-]+:[^\\/].*", checkpoint) is None:

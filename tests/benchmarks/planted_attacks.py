@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scl_defense_benchmarks import results
 from scl_defense_benchmarks.battery import Plan, PlannedAttack
 from scl_defense_benchmarks.evaluate import evaluate
+from scl_defense_benchmarks.statistics import wilson
 from torch import nn
 
 from scl_defense.threat import ThreatModel
@@ -66,3 +68,33 @@ def run(images, labels, *attacks, threat=LINF, network=None, **options):
 
 def flags_of(result):
     return {flag.id: flag.severity for flag in result.flags}
+
+
+def fake(name, broken, *, library="torchattacks", access="white-box", options=None, minimal=False, n=40):
+    """A row of 40 images, all right and attacked, with these broken."""
+    outcomes = [results.BROKEN if place in broken else results.ROBUST for place in range(n)]
+    return results.AttackRow(
+        label=f"{library}:{name}",
+        name=name,
+        library=library,
+        access=access,
+        norm="linf",
+        eps="0.1",
+        minimal=minimal,
+        options={"steps": 20, "rel_step": 0.25} if options is None else options,
+        status="ok",
+        note="",
+        attacked=n,
+        broken=outcomes.count(results.BROKEN),
+        found=outcomes.count(results.BROKEN),
+        unmoved=0,
+        violations={"box": 0, "ball": 0, "nonfinite": 0},
+        robust_accuracy=1 - outcomes.count(results.BROKEN) / n,
+        interval=wilson(n - outcomes.count(results.BROKEN), n),
+        median_distance=0.1,
+        seconds=1.0,
+        forwards=1.0,
+        backwards=1.0,
+        outcomes=tuple(outcomes),
+        distances=(0.1,) * n,
+    )

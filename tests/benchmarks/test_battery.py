@@ -1,12 +1,23 @@
 """From a battery as the user writes it to planned attacks; every mistake is one clear line before anything runs."""
 
+import re
 from typing import ClassVar
 
 import pytest
-from scl_defense_benchmarks import art_adapter, native, torchattacks_adapter
-from scl_defense_benchmarks.battery import TIERS, Plan, PlannedAttack, Request, parse_battery, plan_attacks
+from scl_defense_benchmarks import art_adapter, hooks, native, torchattacks_adapter
+from scl_defense_benchmarks.battery import (
+    ALIASES,
+    TIERS,
+    Plan,
+    PlannedAttack,
+    Request,
+    parse_battery,
+    plan_attacks,
+)
+from scl_defense_benchmarks.planning import plan_battery
 
 from scl_defense.errors import ComponentError, UserError
+from scl_defense.plugins import PluginHost
 from scl_defense.registry import Owner
 from scl_defense.threat import ThreatModel
 from scl_defense.types import component
@@ -122,9 +133,13 @@ def test_the_same_attack_with_another_option_ball_or_library_is_another_attack(h
     assert [planned.label for planned in plan.attacks] == text.split(",")
 
 
-def test_the_distinct_balls_main_one_first(host):
+def test_the_distinct_balls_main_norm_first_from_the_smallest_on(host):
     plan = plan_attacks("cw,pgd:eps=16/510:steps=3,fgsm", host=host, threat=MAIN, budgets=BUDGETS)
     assert [str(threat) for threat in plan.threats()] == ["linf:8/255", "l2:0.5"]
+    curve = [ThreatModel("linf", eps) for eps in ("8/255", "1/255", "4/255")]
+    plan = plan_battery("cw,cw:eps=0.1,pgd:eps=16/510:steps=3,fgsm", host=host, threats=curve, budgets=BUDGETS)
+    assert plan.threat == MAIN  # the largest
+    assert [str(one) for one in plan.threats()] == ["linf:1/255", "linf:4/255", "linf:8/255", "l2:0.1", "l2:0.5"]
     only_cw = plan_attacks("cw", host=host, threat=MAIN, budgets=BUDGETS)
     assert [str(threat) for threat in only_cw.threats()] == ["l2:0.5"]
 
@@ -156,9 +171,9 @@ def labels_of(plan):
 
 def test_a_tier_stands_for_its_attacks(host):
     plan = plan_attacks("quick", host=host, threat=MAIN, budgets=BUDGETS, classes=10)
-    assert labels_of(plan) == ["noise", "fgsm", "pgd"] and plan.left_out == ()
+    assert labels_of(plan) == ["noise", "fgsm", "pgd", "pgd-l2"] and plan.left_out == ()
     plan = plan_attacks("standard", host=host, threat=MAIN, budgets=BUDGETS, classes=10)
-    standard = ["noise", "fgsm", "pgd", "cw", "deepfool", "apgd-ce", "apgd-t", "fab-t", "square"]
+    standard = ["noise", "fgsm", "pgd", "pgd-l2", "cw", "deepfool", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"]
     assert labels_of(plan) == standard and plan.left_out == ()
     assert [str(threat) for threat in plan.threats()] == ["linf:8/255", "l2:0.5"]
 
@@ -175,44 +190,117 @@ def test_every_attack_of_a_tier_exists(host, tier):
 
 def test_what_cannot_work_is_left_out_of_a_tier_with_its_reason(host):
     plan = plan_attacks("standard", host=host, threat=ThreatModel("l2", "0.5"), budgets=BUDGETS, classes=3)
-    assert labels_of(plan) == ["noise", "pgd", "cw", "deepfool", "apgd-ce", "fab-t", "square"]
+    assert labels_of(plan) == ["noise", "pgd", "pgd-l2", "cw", "deepfool", "apgd-ce", "apgd-dlr", "fab-t", "square"]
     assert [(one.label, one.tier) for one in plan.left_out] == [("fgsm", "standard"), ("apgd-t", "standard")]
-    assert "cannot work in l2" in plan.left_out[0].reason
+    assert plan.left_out[0].reason.startswith("it cannot work in l2")
     assert "needs 4 classes, the network has 3" in plan.left_out[1].reason
 
 
 def test_under_l1_our_own_descent_takes_the_place_of_the_library_s(host):
     plan = plan_attacks("quick", host=host, threat=ThreatModel("l1", "12"), budgets=BUDGETS, classes=10)
-    assert labels_of(plan) == ["noise", "native:pgd"]
+    assert labels_of(plan) == ["noise", "native:pgd", "pgd-l2"]
     assert [one.label for one in plan.left_out] == ["fgsm", "pgd"]
     assert plan.left_out[1].reason.endswith("(native:pgd takes its place)")
 
 
 def test_a_search_without_a_usual_budget_is_left_out_of_a_tier(host):
     plan = plan_attacks("standard", host=host, threat=MAIN, budgets={"linf": "8/255"}, classes=10)
-    assert [one.label for one in plan.left_out] == ["cw", "deepfool"]
-    assert "no usual l2 budget is known" in plan.left_out[0].reason
+    assert [one.label for one in plan.left_out] == ["pgd-l2", "cw", "deepfool"]
+    assert "no usual l2 budget is known" in plan.left_out[1].reason
 
 
-def test_asked_for_by_name_it_stays_an_error(host):
-    with pytest.raises(UserError, match="'apgd-t' needs 4 classes, the network has 3; use apgd-ce or autoattack"):
-        plan_attacks("standard,apgd-t", host=host, threat=MAIN, budgets=BUDGETS, classes=3)
-    with pytest.raises(UserError, match="'apgd-dlr:steps=5' needs 3 classes, the network has 2"):
-        plan_attacks("apgd-dlr:steps=5", host=host, threat=MAIN, budgets=BUDGETS, classes=2)
-    with pytest.raises(UserError, match="'fgsm' cannot work in l2"):
-        plan_attacks("quick,fgsm", host=host, threat=ThreatModel("l2", "1"), budgets=BUDGETS)
+@pytest.mark.parametrize(
+    ("text", "about", "reason"),
+    [
+        ("apgd-t", {"classes": 3}, "it needs 4 classes, the network has 3; use apgd-ce or autoattack"),
+        ("apgd-dlr:steps=5", {"classes": 2}, "it needs 3 classes, the network has 2"),
+        ("fgsm", {"threat": ThreatModel("l2", "1")}, "it cannot work in l2, only in linf; use native:pgd"),
+        ("pixle", {"image_shape": (2, 8, 8)}, "it needs images of 1 or 3 channels, these have 2"),
+        ("pixle", {"image_shape": (3, 8, 6)}, "it needs square images, these are 8x6"),
+        ("hopskipjump", {"n": 101}, "it is slow and takes at most 100 images, not 101"),
+        ("transfer", {}, "it has no surrogate network"),
+        ("cw", {"budgets": {}}, "it works in l2 and no usual l2 budget is known for this data; give its own: cw:eps="),
+        ("pgd-l2", {"budgets": {}}, "it works in l2 and no usual l2 budget is known.*pgd-l2:eps="),
+    ],
+)
+def test_a_named_attack_that_cannot_work_is_skipped_beside_others_and_an_error_alone(host, text, about, reason):
+    settings = {"host": host, "threat": MAIN, "budgets": BUDGETS, **about}
+    for plan in (
+        plan_attacks(f"{text},noise", **settings),
+        plan_battery(f"{text},noise", threats=[settings.pop("threat")], **settings),
+    ):
+        assert labels_of(plan) == ["noise"]
+        ((label, tier, why),) = [(one.label, one.tier, one.reason) for one in plan.left_out]
+        assert (label, tier) == (text, "") and re.match(reason, why)
+    with pytest.raises(UserError, match=f"attack '{text}' {reason.removeprefix('it ')}") as caught:
+        plan_attacks(f"{text}", **{"threat": MAIN, **settings, **about})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_named_beside_its_tier_is_skipped_once(host):
+    plan = plan_attacks("standard,apgd-t", host=host, threat=MAIN, budgets=BUDGETS, classes=3)
+    assert [(one.label, one.tier) for one in plan.left_out] == [("apgd-t", "")]
     assert labels_of(plan_attacks("apgd-t", host=host, threat=MAIN, budgets=BUDGETS)) == ["apgd-t"]  # not known yet
+
+
+@pytest.mark.parametrize("text", ["pdg,noise", "pgd:stepz=4,noise", "fgsm:norm=l2,noise", "pgd-l2:steps=x,noise"])
+def test_a_mistake_is_an_error_in_any_company(host, text):
+    with pytest.raises(UserError):
+        plan_attacks(text, host=host, threat=MAIN, budgets=BUDGETS)
+
+
+# -- names that stand for an attack with options
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "attack", "ball", "restarts"),
+    [
+        ("pgd-l2", "pgd", torchattacks_adapter.PGD(steps=40, rel_step=0.2), "l2:0.5", 1),
+        ("pgd-l2:eps=1:steps=7", "pgd", torchattacks_adapter.PGD(steps=7, rel_step=0.2), "l2:1", 1),
+        ("pgd-20", "pgd", torchattacks_adapter.PGD(steps=20), "linf:8/255", 1),
+        ("pgd-100", "pgd", torchattacks_adapter.PGD(steps=100, rel_step=0.1), "linf:8/255", 5),
+        ("pgd-100:restarts=2", "pgd", torchattacks_adapter.PGD(steps=100, rel_step=0.1), "linf:8/255", 2),
+        ("cw-art", "art:cw", art_adapter.CW(), "l2:0.5", 1),
+        ("hopskipjump:norm=l2", "hsj", art_adapter.HSJ(), "l2:0.5", 1),
+    ],
+)
+def test_an_alias_is_an_attack_with_options_under_its_own_label(host, text, name, attack, ball, restarts):
+    (one,) = plan_battery(text, host=host, threats=[MAIN], budgets=BUDGETS).attacks
+    assert (one.label, one.name, one.attack, str(one.threat)) == (text, name, attack, ball)
+    assert getattr(one, "restarts", 1) == restarts
+
+
+def test_every_alias_can_be_planned_and_is_known_to_who_mistypes_it(host):
+    settings = {"host": host, "threats": [MAIN], "budgets": BUDGETS}
+    assert {one.label for one in plan_battery(list(ALIASES), **settings).attacks} == set(ALIASES)
+    assert not set(ALIASES) & ({entry.name for entry in host["attack"]} | set(TIERS))
+    for wrong, right in (("pgd-l22", "pgd-l2"), ("hopskipjmp", "hopskipjump"), ("cw-atr", "cw-art")):
+        with pytest.raises(UserError, match=f"did you mean '{right}'"):
+            plan_battery(wrong, **settings)
+    with pytest.raises(UserError, match="'pgd-l2' works in l2 alone; use pgd"):
+        plan_battery("pgd-l2:norm=linf", **settings)
+    with pytest.raises(UserError, match="'hopskipjump' is the same as 'hsj'"):
+        plan_battery("hsj,hopskipjump", **settings)
+
+
+def test_a_plugin_s_attack_goes_before_an_alias_of_its_name(host):
+    mine = PluginHost(files=[hooks.__file__], disabled=["scl-defense"])
+    mine["attack"].add("cw-art", native.FGSM, summary="of a plugin", owner=Owner("a test", "1", "here"))
+    (one,) = plan_attacks("cw-art", host=mine, threat=MAIN).attacks
+    assert one.attack == native.FGSM()
 
 
 @pytest.mark.parametrize(
     ("text", "labels"),
     [
-        ("quick,pgd", ["noise", "fgsm", "pgd"]),
-        ("pgd:steps=20,quick", ["pgd:steps=20", "noise", "fgsm"]),
-        ("quick,torchattacks:pgd", ["noise", "fgsm", "torchattacks:pgd"]),
-        ("quick,pgd:steps=40", ["noise", "fgsm", "pgd", "pgd:steps=40"]),
-        ("quick,quick", ["noise", "fgsm", "pgd"]),
-        ("autoattack,quick", ["autoattack", "noise", "fgsm", "pgd"]),
+        ("quick,pgd", ["noise", "fgsm", "pgd-l2", "pgd"]),
+        ("pgd:steps=20,quick", ["pgd:steps=20", "noise", "fgsm", "pgd-l2"]),
+        ("quick,torchattacks:pgd", ["noise", "fgsm", "pgd-l2", "torchattacks:pgd"]),
+        ("quick,pgd:steps=40", ["noise", "fgsm", "pgd", "pgd-l2", "pgd:steps=40"]),
+        ("quick,pgd:steps=40:rel_step=0.2:norm=l2", ["noise", "fgsm", "pgd", "pgd:steps=40:rel_step=0.2:norm=l2"]),
+        ("quick,pgd-20", ["noise", "fgsm", "pgd-l2", "pgd-20"]),
+        ("quick,quick", ["noise", "fgsm", "pgd", "pgd-l2"]),
+        ("autoattack,quick", ["autoattack", "noise", "fgsm", "pgd", "pgd-l2"]),
     ],
 )
 def test_a_tier_beside_attacks_that_are_named(host, text, labels):
@@ -235,32 +323,29 @@ def test_under_l1_and_l0_a_tier_runs_what_knows_them(host):
     assert [one for one in labels_of(plan) if str(one).startswith(("apgd", "native"))] == ["native:pgd", "apgd-l1"]
     plan = plan_attacks("full", host=host, threat=ThreatModel("l0", "5"), budgets=BUDGETS, classes=10)
     here = {planned.label for planned in plan.attacks if planned.threat == ThreatModel("l0", "5")}
-    assert here == {"noise", "sparsefool", "jsma", "onepixel:norm=l0", "pixle"}
+    assert here == {"noise", "sparsefool", "jsma", "onepixel", "pixle"}
     left_out = {one.label: one.reason for one in plan.left_out}
-    assert "cannot work in l0" in left_out["pgd"] and "takes its place" not in left_out["pgd"]
+    assert "cannot work in l0" in left_out["autoattack"] and "takes its place" not in left_out["autoattack"]
 
 
-@pytest.mark.parametrize(
-    ("text", "about", "message"),
-    [
-        ("pixle", {"image_shape": (3, 8, 6)}, "'pixle' needs square images, these are 8x6"),
-        ("pixle", {"image_shape": (2, 8, 8)}, "'pixle' needs images of 1 or 3 channels, these have 2"),
-        ("hsj", {"n": 101}, "'hsj' is slow and takes at most 100 images, not 101; .*limit=101"),
-        ("apgd-t", {"classes": 3}, "'apgd-t' needs 4 classes, the network has 3"),
-        ("transfer", {}, "'transfer' has no surrogate network; name one: --surrogate CKPT"),
-        ("transfer", {"surrogate": "nowhere.pt"}, "surrogate 'nowhere.pt' does not exist"),
-    ],
-)
-def test_what_an_attack_cannot_work_on_is_an_error_by_name_and_a_reason_in_a_tier(host, text, about, message):
-    settings = {"host": host, "threat": MAIN, "budgets": BUDGETS, **about}
-    with pytest.raises(UserError, match=message) as caught:
-        plan_attacks(text, **settings)
-    assert "\n" not in str(caught.value)
-    plan = plan_attacks("full", **settings)
-    reasons = {one.label: one.reason for one in plan.left_out}
-    assert text in reasons and text not in labels_of(plan)
-    with pytest.raises(UserError, match=message):
-        raise UserError(reasons[text])
+def test_under_l0_searches_over_pixels_take_the_places_of_pgd_and_square(host):
+    settings = {"host": host, "threat": ThreatModel("l0", "5"), "budgets": BUDGETS, "classes": 10}
+    plan = plan_attacks("standard", **settings, n=200)
+    here = [planned.label for planned in plan.attacks if planned.threat == settings["threat"]]
+    assert here == ["noise", "sparsefool", "onepixel"]
+    left_out = {one.label: one.reason for one in plan.left_out}
+    assert left_out["pgd"].endswith("(sparsefool takes its place)")
+    assert left_out["square"].endswith("(onepixel takes its place)")
+    plan = plan_attacks("standard", **settings, n=300)
+    assert "onepixel" not in labels_of(plan)
+    reason = {one.label: one.reason for one in plan.left_out}["square"]
+    assert "(onepixel, in its place, is left out because it is slow and takes at most 200 images, not 300" in reason
+
+
+def test_a_surrogate_that_cannot_be_read_is_an_error_in_a_tier_too(host):
+    for text in ("transfer,noise", "full"):
+        with pytest.raises(UserError, match=r"surrogate 'nowhere\.pt' does not exist"):
+            plan_attacks(text, host=host, threat=MAIN, budgets=BUDGETS, surrogate="nowhere.pt")
 
 
 def test_a_limit_is_an_option_and_an_unknown_shape_refuses_nothing(host):

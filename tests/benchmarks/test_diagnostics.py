@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_attacks import COUNT, Brightness, Planted, first_pixel, flags_of, run
+from planted_attacks import COUNT, Brightness, Planted, fake, first_pixel, flags_of, run
 from scl_defense_benchmarks import diagnostics, probes, results
 from scl_defense_benchmarks.battery import Plan, plan_attacks
 from scl_defense_benchmarks.catalogue import CATALOGUE, LETTERS, flagged
@@ -168,36 +168,6 @@ def test_minimal_norm_against_fixed_eps(near, labels):
     assert result(23, 20) == {"minimal-too-far": "info"}
 
 
-def fake(name, broken, *, library="torchattacks", access="white-box", options=None, minimal=False, n=40):
-    """A row of 40 images, all right and attacked, with these broken."""
-    outcomes = [results.BROKEN if place in broken else results.ROBUST for place in range(n)]
-    return results.AttackRow(
-        label=f"{library}:{name}",
-        name=name,
-        library=library,
-        access=access,
-        norm="linf",
-        eps="0.1",
-        minimal=minimal,
-        options={"steps": 20, "rel_step": 0.25} if options is None else options,
-        status="ok",
-        note="",
-        attacked=n,
-        broken=outcomes.count(results.BROKEN),
-        found=outcomes.count(results.BROKEN),
-        unmoved=0,
-        violations={"box": 0, "ball": 0, "nonfinite": 0},
-        robust_accuracy=1 - outcomes.count(results.BROKEN) / n,
-        interval=wilson(n - outcomes.count(results.BROKEN), n),
-        median_distance=0.1,
-        seconds=1.0,
-        forwards=1.0,
-        backwards=1.0,
-        outcomes=tuple(outcomes),
-        distances=(0.1,) * n,
-    )
-
-
 def ids(rows, families):
     return [flag.id for flag in diagnostics.check_battery(rows, families)]
 
@@ -329,7 +299,7 @@ def test_a_probe_that_fails_is_said_and_stops_nothing(network, digit_images, mon
     monkeypatch.setattr(probes, "ascend", fail)
     rng = torch.Generator().manual_seed(0)
     (flag,) = diagnostics.probe(network, *digit_images, ThreatModel("linf", "0.1"), rng)
-    assert flag.id == "probe-failed" and "no backward pass" in flag.what and flag.severity == "info"
+    assert flag.id == "probe-failed" and "no backward pass" in flag.what and flag.severity == "warning"
 
 
 def test_noise_alone_is_seen():
@@ -371,6 +341,7 @@ def concluded(rows, flags=(), clean=40):
         attacks=tuple(rows),
         worst_cases=(case,),
         flags=tuple(flags),
+        probes="quick",
     )
     return diagnostics.verdict(result)
 
@@ -384,7 +355,9 @@ def test_the_verdict_of_batteries():
     assert concluded([fake("autoattack", range(20))]).kind == "trustworthy"
     for rows, reason in (
         ([PGD_ROW], "no attack without gradients"),
-        ([fake("fgsm", range(20), options={}), SQUARE_ROW], "more than one step"),
+        ([fake("fgsm", range(20), options={}), SQUARE_ROW], "10 steps or more"),
+        ([fake("pgd", range(20), options={"steps": 9}), SQUARE_ROW], "10 steps or more"),
+        ([PGD_ROW, fake("square", range(20), access="score", options={"queries": 199})], "without gradients"),
         ([SQUARE_ROW], "no gradient attack"),
         ([PGD_ROW, fake("noise", range(5), access="control")], "no attack without gradients"),
     ):

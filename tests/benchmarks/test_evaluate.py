@@ -161,6 +161,33 @@ def test_a_random_start_does_not_know_the_batch_size(network, digit_images, host
     assert elsewhere.attacks[2].distances != whole.attacks[2].distances  # the draws do matter
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "onepixel:norm=l0:eps=3:steps=3:population=12",
+        "pixle:norm=l0:eps=20:restarts=5:steps=3",
+        "simba:norm=l2:eps=1:steps=30",
+        "boundary:norm=l2:eps=1:steps=8",
+        "hsj:norm=l2:eps=1:steps=2:queries=60:first_queries=20",
+        "spatial:grid=2",
+    ],
+)
+def test_what_goes_image_by_image_does_not_know_the_batch_size(network, digit_images, host, attack):
+    """Verdict, label and distance of every image, in parts of a chunk and in the whole; the seed does matter."""
+    images, labels = digit_images[0][:10], digit_images[1][:10]
+    plan = plan_attacks(attack, host=host, threat=LINF)
+    sizes = (128, 7, 1) if attack.startswith("onepixel") else (128, 7)
+    whole, *others = (evaluate(network, images, labels, plan, seed=0, batch_size=size).attacks[0] for size in sizes)
+    assert whole.status != "failed" and whole.found > 0, whole.note
+    for other in others:
+        assert (whole.outcomes, whole.predictions) == (other.outcomes, other.predictions)
+        left, right = ([value or 0.0 for value in row.distances] for row in (whole, other))
+        assert left == pytest.approx(right, abs=1e-5)
+    if not attack.startswith("spatial"):
+        other = evaluate(network, images, labels, plan, seed=1).attacks[0]
+        assert (other.distances, other.forwards) != (whole.distances, whole.forwards)
+
+
 def test_progress_is_told_before_and_after_every_chunk(images, labels, monkeypatch):
     monkeypatch.setattr("scl_defense_benchmarks.attempt.CHUNK", 16)
     told = []

@@ -237,7 +237,7 @@ def lend(monkeypatch, network):
         classes, image_shape = tuple("0123456789"), (1, 8, 8)
 
     Loaded.network = network
-    monkeypatch.setattr(transfer, "_open", lambda path, device: Loaded)
+    monkeypatch.setattr(transfer, "_open", lambda path, device, given: Loaded)
 
 
 def test_transfer_from_the_network_itself_is_an_attack_on_it(lend, network, victims, rng):

@@ -21,7 +21,8 @@ from scl_defense_benchmarks.state import locked, open_state, state_path
 
 from scl_defense.errors import UserError
 
-# Run in a process of its own, to be killed: 6 chunks for each of 4 attacks, with random starts and restarts.
+# Run in a process of its own, to be killed: 6 chunks for each of 8 attacks, with random starts and restarts, a search
+# without gradients, one image by image, one for the smallest distance, and ART's.
 SCRIPT = """
 import sys
 import torch
@@ -36,7 +37,8 @@ labels = network(images).argmax(1)
 folder = sys.argv[1]
 benchmark(
     network, images, labels, norm="linf", eps="0.02,0.05", seed=3, mode=sys.argv[2],
-    attacks="noise:draws=40,native:pgd:steps=60:restarts=3,pgd:steps=60,fgsm", out=f"{folder}/result.json",
+    attacks="noise:draws=40,native:pgd:steps=60:restarts=3,pgd:steps=60,fgsm,square:queries=20,"
+    "onepixel:norm=l0:eps=1:limit=1000:steps=2:population=10,cw:c=10:steps=10:eps=0.5,art:pgd:steps=5", out=f"{folder}/result.json",
     per_image=f"{folder}/images.csv", save_examples=f"{folder}/examples.safetensors", probes="none",
 )
 """
@@ -80,7 +82,7 @@ def test_two_kills_at_random_change_nothing(tmp_path, mode):
         _, err = process.communicate(timeout=150)
         assert process.returncode == 0, err
     one, two = (without_times(json.loads((folder / "result.json").read_text())) for folder in (whole, broken))
-    assert one == two and len(one["attacks"]) == 8 and one["worst_cases"][0]["broken"] > 0
+    assert one == two and len(one["attacks"]) == 14 and one["worst_cases"][0]["broken"] > 0
     for name in ("images.csv", "examples.safetensors"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
     assert sorted(os.listdir(broken)) == sorted(os.listdir(whole)) == [
@@ -282,7 +284,8 @@ def test_arrays_are_as_good_as_tensors(network, digit_images):
         ({"images": object()}, "images must be"),
         ({"eps": None}, "no usual linf radius is known for 'your images'"),
         ({"data": "digits"}, "images and data are both given"),
-        ({"n": 101}, "n is 101; it must be at least 1 and at most 100"),
+        ({"n": 0}, "n is 0; it must be at least 1"),
+        ({"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0).long()}, "there are 0 images; give at least one"),
         ({"eps": "0.1,1/10"}, "a radius is given twice"),
         ({"labels": torch.zeros(100)}, "labels must be integers"),
         ({"save_examples": "x.npz"}, "must end in .safetensors"),

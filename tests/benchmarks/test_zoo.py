@@ -3,15 +3,16 @@
 The twins are honest networks of three kinds, standard, adversarially trained and contrastive, on which nothing fires.
 """
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 import victim_networks as zoo
+from planted_attacks import fake
 from scl_defense_benchmarks import diagnostics
 from scl_defense_benchmarks.battery import plan_attacks
+from scl_defense_benchmarks.catalogue import flagged
 from scl_defense_benchmarks.evaluate import evaluate
+from scl_defense_benchmarks.planning import plan_battery
 from torch import nn
 
 from scl_defense.ascent import ascend
@@ -81,9 +82,7 @@ def sample(digits):
 def audit(network, images, labels, host, battery=BATTERY, threat=EPS):
     """The evaluation, with the flags of its checks and of the probes."""
     plan = plan_attacks(battery, host=host, threat=threat)
-    found = evaluate(network, images, labels, plan, seed=0)
-    probed = diagnostics.probe(network, images, labels, threat, torch.Generator().manual_seed(0))
-    return dataclasses.replace(found, flags=tuple(diagnostics.merged([*found.flags, *probed])))
+    return evaluate(network, images, labels, plan, seed=0, probes="quick")
 
 
 def severities(result):
@@ -153,7 +152,7 @@ MASKING = [
     ("quantised, made-up gradient", zoo.StraightThrough, {"stepwise-output": "warning"}, False),
     ("jpeg-like", zoo.JpegLike, {"zero-gradient": "error", "stepwise-output": "warning"}, True),
     ("softmax", zoo.Softmaxed, {"probabilities-not-logits": "warning"}, False),
-    ("logits x 10000", lambda net: zoo.Scaled(net, 1e4), {"scaled-logits": "error", "zero-gradient": "error"}, True),
+    ("logits x 10000", lambda net: zoo.Scaled(net, 1e4), {"scaled-logits": "info", "zero-gradient": "error"}, True),
     ("logits - 100", lambda net: zoo.Shifted(net, -100.0), {"negative-logits": "info"}, False),
     ("stopped gradient", zoo.Detached, {"zero-gradient": "error", "moved-nothing": "error"}, True),
     ("another gradient", zoo.WrongGradient, {"gradient-disagrees": "error"}, True),
@@ -232,3 +231,57 @@ def test_no_probe_where_there_is_nothing_to_probe(adversarial, sample):
     assert diagnostics.probe(adversarial, images, labels, EPS, rng, "none") == []
     assert diagnostics.probe(adversarial, images[:0], labels[:0], EPS, rng) == []
     assert diagnostics.probe(adversarial, images, (labels + 1) % 10, ThreatModel("linf", "0"), rng) == []
+
+
+# -- batteries that are too weak for a verdict
+
+
+def test_a_battery_that_has_only_begun_is_an_upper_bound(network, sample, host):
+    """Two steps and one query leave three quarters of what the probes break beside them."""
+    result = audit(network, *sample, host, "pgd:steps=2,square:queries=1")
+    assert result.worst_case.robust_accuracy > 0.5
+    (flag,) = [flag for flag in result.flags if flag.id == "battery-too-weak"]
+    assert flag.severity == "warning" and flag.measured > 0.2
+    assert result.conclusion.kind == "upper-bound"
+    reasons = " ".join(result.conclusion.reasons)
+    assert "10 steps" in reasons and "without gradients" in reasons
+    strong = audit(network, *sample, host, "pgd,apgd-t,square:queries=300")
+    assert "battery-too-weak" not in severities(strong)
+
+
+@pytest.mark.parametrize("cheat", [lambda net: zoo.Scaled(net, 1e4), zoo.Quantised])
+def test_a_curve_that_ends_at_zero_hides_no_cheat_below(adversarial, sample, host, cheat):
+    """In the large ball anything breaks everything; what the small one shows is looked at all the same."""
+    plan = plan_battery("pgd,square:queries=50", host=host, threats=[ThreatModel("linf", eps) for eps in ("0.02", "1")])
+    result = evaluate(cheat(adversarial).eval(), *sample, plan, seed=0, probes="quick")
+    assert result.eps == "1" and result.conclusion.kind != "trustworthy"
+    assert any(flag.severity == "error" for flag in result.flags if flag.id != "moved-nothing")
+
+
+def test_without_probes_nothing_is_called_trustworthy(adversarial, sample, host):
+    plan = plan_attacks("pgd,square:queries=300", host=host, threat=EPS)
+    result = evaluate(adversarial, *sample, plan, seed=0)
+    assert result.probes == "none" and result.conclusion.kind == "upper-bound"
+    assert "nobody has looked for masked gradients" in result.conclusion.text
+
+
+def test_a_network_that_counts_its_questions_is_seen_without_probes(adversarial, sample, host):
+    class Counts(zoo.Wrapped):
+        def __init__(self, network):
+            super().__init__(network)
+            self.register_buffer("asked", torch.zeros(()))
+
+        def forward(self, images):
+            self.asked += 1
+            return self.network(images)
+
+    result = evaluate(Counts(adversarial).eval(), *sample, plan_attacks("fgsm", host=host, threat=EPS), seed=0)
+    assert severities(result)["state-changes"] == "error"
+
+
+def test_a_remedied_loss_is_worth_knowing_and_no_more():
+    flags = [flagged("loss-disagreement", "So.", "error"), flagged("zero-gradient", "So.", "error")]
+    plain, margin = fake("pgd", range(5)), fake("apgd-t", range(5))
+    weak = [*flags, flagged("battery-too-weak", "So.")]
+    assert diagnostics.answered(flags, [plain]) == flags and diagnostics.answered(weak, [plain, margin]) == weak
+    assert [flag.severity for flag in diagnostics.answered(flags, [plain, margin])] == ["info", "error"]

@@ -62,7 +62,9 @@ class Worker:
 
     def on_train(self, phase: str) -> Any:
         def report(event: Mapping[str, Any]) -> None:
-            if event["event"] == "epoch" or time.monotonic() - self._last > 0.5:
+            if event["event"] == "note":
+                print(f"note: {event['text']}", file=sys.stderr, flush=True)  # into the cell's log
+            elif event["event"] == "epoch" or time.monotonic() - self._last > 0.5:
                 self._last = time.monotonic()
                 keep = ("epoch", "epochs", "step", "steps", "loss", "val_clean", "val_robust")
                 self.say(phase=phase, **{name: event[name] for name in keep if name in event})

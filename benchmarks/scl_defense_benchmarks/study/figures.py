@@ -1,5 +1,6 @@
 """The figures of a study, as PNG and PDF: drawn for a column 85 mm wide, told apart without colour vision too."""
 
+import io
 import json
 import statistics as stdlib
 from collections.abc import Sequence
@@ -54,9 +55,13 @@ def draw(about: About, rows: Sequence[Row], cells: Sequence[Cell], store: Store)
 
 
 def _save(figure: "Figure", path: Path, title: str) -> list[Path]:
+    from scl_defense.checkpoint import atomic_write_bytes
+
     # No dates in the files: the same results give the same figures.
-    figure.savefig(path.with_name(path.name + ".png"), metadata={"Title": title, "Software": None})
-    figure.savefig(path.with_name(path.name + ".pdf"), metadata={"Title": title, "CreationDate": None})
+    for kind, unnamed in (("png", "Software"), ("pdf", "CreationDate")):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, metadata={"Title": title, unnamed: None})
+        atomic_write_bytes(path.with_name(f"{path.name}.{kind}"), drawn.getvalue())
     return [path.with_name(path.name + end) for end in (".png", ".pdf")]
 
 

@@ -38,7 +38,11 @@ class Store:
             raise UserError(f"study '{self.out}' is in use by {who}; wait for it or stop it") from None
         except OSError as error:
             raise UserError(f"cannot write in '{self.out}': {error.strerror}; choose another --out") from None
+        from scl_defense.checkpoint import sweep
+
         try:
+            for folder in (self.out, *(self.out / "cells").glob("*/")):
+                sweep(folder)
             (self.out / ".holder").write_text(f"process {os.getpid()}\n")
             yield
         finally:

@@ -1,5 +1,6 @@
 """Any data set as NumPy archives: what most people can write in three lines."""
 
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from scl_defense.errors import UserError
 from scl_defense.types import Field, ImageArrays, component
 
+INFLATED = 1 << 30  # bytes; what an array may unpack to however small its archive is
 MAX_CLASSES = 100_000  # labels above are identifiers of something, not class numbers
 
 
@@ -35,7 +37,7 @@ class Npz:
         try:
             with zipfile.ZipFile(path) as archive:
                 return tuple(split for split in ("train", "test") if f"{split}_images.npy" in archive.namelist())
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
             return ("train", "test")
 
     def _place(self, root: Path) -> Path:
@@ -78,6 +80,8 @@ def _read(archive: Path, *keys: str) -> dict[str, np.ndarray]:
     if not archive.is_file():
         raise UserError(f"'{archive}' does not exist; an npz data set is train.npz and test.npz, or one .npz file")
     try:
+        if _is_zip(archive):
+            _check_sizes(archive, (*keys, "classes"))
         content = np.load(archive, allow_pickle=False)
         if isinstance(content, np.ndarray):
             raise UserError(f"'{archive}' holds a single array, not an archive; write it with numpy.savez")
@@ -102,6 +106,27 @@ def _read(archive: Path, *keys: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"'{archive}' is not a readable .npz archive: {kind} ({type(error).__name__}); copy or write it again"
         ) from error
+
+
+def _check_sizes(path: Path, keys: tuple[str, ...]) -> None:
+    """Raise :class:`UserError` for arrays larger than the archive can mean, before room is made for them."""
+    with zipfile.ZipFile(path) as archive:
+        for key in keys:
+            if f"{key}.npy" not in archive.namelist():
+                continue
+            size = archive.getinfo(f"{key}.npy").file_size
+            if size > max(INFLATED, 200 * path.stat().st_size):
+                raise UserError(f"'{key}' in '{path}' would unpack to {size / 1e9:.3g} GB; write the archive again")
+            with archive.open(f"{key}.npy") as stream:
+                if stream.read(6) != b"\x93NUMPY":
+                    continue  # numpy says what it is
+                version = stream.read(2)
+                if version not in (b"\x01\x00", b"\x02\x00"):
+                    continue
+                read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(stream)
+            if math.prod(shape) * dtype.itemsize > size:
+                raise UserError(f"'{key}' in '{path}' is damaged: it claims {shape} {dtype}, more than the file holds")
 
 
 def _is_zip(path: Path) -> bool:

@@ -131,6 +131,8 @@ class MultiView:
                 "this trainer with head=joint would never train its classifier: both cross-entropy terms are off; "
                 "set ce_clean above 0, or head=probe"
             )
+        if self.contrast and len(batch.labels) < 2:
+            raise UserError("a contrastive loss needs at least 2 images a batch: with one there is no negative")
         features = _features(network, batch.views, adversarial)
         embed, logits = network.projector(features), network.classifier(features).float()
         shape = (len(features) // len(batch.labels), len(batch.labels), -1)

@@ -1,0 +1,112 @@
+"""Networks in an attack's hands: twins of the judged one, what passes through them, and if they came back whole."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scl_defense_benchmarks.forward import logits_of
+from scl_defense_benchmarks.twin import Precision, Twin, twin_of
+
+
+@dataclass
+class Passes:
+    """What an attack's calls cost, and which images of the call in progress ever had a usable gradient.
+
+    paid: (M,) forward passes of each image of the call in progress. What cannot be told apart is shared equally.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    paid: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    witness: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    traceable: bool = True  # every backward pass so far had as many rows as the call
+
+
+class Loan:
+    """What one attack works on, and nobody else: the judged network is never in an attack's hands; hooks, modules and
+    weights that it leaves behind are its own. Twins are made when first asked for; passes through all are counted.
+
+    sample: images (N, C, H, W) that a twin is compared with the network on.
+    """
+
+    def __init__(self, network: nn.Module, sample: Tensor):
+        self._network, self._sample, self.passes = network, sample, Passes()
+        self._twins: dict[Precision, tuple[Twin, list[Tensor], list[Any]]] = {}
+
+    def twin(self, precision: Precision) -> Twin:
+        if precision not in self._twins:
+            made = twin_of(self._network, self._sample, precision)
+            kept = [parameter.detach().clone() for parameter in made.parameters()]
+            self._twins[precision] = made, kept, _watch_passes(made, self.passes)
+        return self._twins[precision][0]
+
+    def unwatched(self, twin: Twin, images: Tensor) -> Tensor:
+        """Logits (N, K) of the twin: our own question, not the attack's cost."""
+        passes = self.passes
+        before = passes.forwards, passes.backwards, passes.paid.clone()
+        try:
+            return logits_of(twin, images)
+        finally:
+            passes.forwards, passes.backwards, passes.paid = before
+
+    def changed(self) -> bool:
+        """Whether an attack has written to the weights of its twin."""
+        return any(
+            len(kept) != len(now := list(twin.parameters()))
+            or not all(torch.equal(old, new) for old, new in zip(kept, now, strict=True))
+            for twin, kept, _ in self._twins.values()
+        )
+
+    def close(self) -> None:
+        for _, _, handles in self._twins.values():
+            for handle in handles:
+                handle.remove()
+
+
+class _Witnessed(torch.autograd.Function):
+    """The identity; on the way back it shows the gradient to a witness."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor, witness: Callable[[Tensor], None]) -> Tensor:
+        context.witness = witness
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        context.witness(gradient)
+        return gradient, None
+
+
+def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
+    """Count images passed forward and backward, and note which images ever got a finite gradient that is not zero."""
+
+    def on_backward(gradient: Tensor) -> None:
+        passes.backwards += len(gradient)
+        flat = gradient.flatten(1)
+        usable = flat.isfinite().all(1) & (flat != 0).any(1)
+        if network.rows is not None and len(flat) == len(network.rows):
+            passes.witness[network.rows] |= usable
+        elif len(flat) == len(passes.witness):
+            passes.witness |= usable
+        else:
+            passes.traceable = False
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        images = inputs[0] if inputs else None
+        if isinstance(images, Tensor) and images.requires_grad and torch.is_grad_enabled():
+            return (_Witnessed.apply(images, on_backward), *inputs[1:])
+        return None
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() > 0:
+            passes.forwards += len(output)
+            if network.rows is not None and len(output) == len(network.rows):
+                passes.paid[network.rows.to(passes.paid.device)] += 1
+            elif len(passes.paid):
+                passes.paid += len(output) / len(passes.paid)
+
+    return [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
