@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from scl_defense.checkpoint import sweep
-from scl_defense.errors import UserError
+from scl_defense.errors import UserError, printable
 from scl_defense.recovery import BATCH_FILE
 from scl_defense.types import Logger, LogWriter
 
@@ -63,35 +63,48 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text().strip() if holder.exists() else "another process"
-        raise UserError(f"run '{run_dir}' is in use by {who}; wait for it or stop it") from None
+        raise UserError(f"run '{run_dir}' is in use by {who_holds(holder)}; wait for it or stop it") from None
     except OSError as error:
         raise UserError(f"cannot write in '{run_dir}': {error.strerror}") from None
     try:
         sweep(run_dir)
-        holder.write_text(
-            f"process {os.getpid()} on {os.uname().nodename if hasattr(os, 'uname') else 'this machine'}\n"
-        )
+        say_who(holder)
         yield
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
 
 
+def say_who(holder: Path) -> None:
+    """Write down who we are, for :func:`who_holds`."""
+    machine = os.uname().nodename if hasattr(os, "uname") else "this machine"
+    with contextlib.suppress(OSError):  # the lock is what counts
+        holder.write_text(f"process {os.getpid()} on {machine}\n")
+
+
+def who_holds(holder: Path) -> str:
+    try:
+        return printable(holder.read_text(errors="replace").strip()[:200]) or "another process"
+    except OSError:
+        return "another process"
+
+
 @contextlib.contextmanager
 def one_writer(path: Path) -> Iterator[None]:
     """One process a file that is written once. Raises :class:`UserError` when another one is making it."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock, holder = FileLock(path.with_name(f".{path.name}.lock")), path.with_name(f".{path.name}.holder")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"another process is making '{path}'; wait for it or choose another --out") from None
+        raise UserError(f"{who_holds(holder)} is making '{path}'; wait for it or choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot write beside '{path}': {error.strerror}; choose another --out") from None
     try:
         sweep(path.parent, path.name)
+        say_who(holder)
         yield
     finally:
+        holder.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()
@@ -101,11 +114,22 @@ class RunLog:
     """All opened loggers as one."""
 
     def __init__(self, loggers: Sequence[Logger], run_dir: Path, config: Mapping[str, Any], epoch: int):
-        self._writers: list[LogWriter] = [logger(run_dir, config, epoch) for logger in loggers]
+        self._run_dir = run_dir
+        with self._disk():
+            self._writers: list[LogWriter] = [logger(run_dir, config, epoch) for logger in loggers]
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            text = f"cannot write the records of run '{self._run_dir}': {error.strerror or error}"
+            raise UserError(f"{text}; its last checkpoint is kept: free some space and go on with --resume") from None
 
     def log(self, record: Mapping[str, Any]) -> None:
         for writer in self._writers:
-            writer.log(record)
+            with self._disk():
+                writer.log(record)
 
     def close(self) -> None:
         for writer in self._writers:

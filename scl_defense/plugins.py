@@ -22,6 +22,7 @@ from typing import Any
 import pluggy
 
 from scl_defense import hookspecs
+from scl_defense.containment import contained
 from scl_defense.errors import ComponentError, UserError, nearest
 from scl_defense.registry import KINDS, Owner, Registry
 
@@ -125,7 +126,9 @@ class PluginHost:
 
     def _quarantine_on_error(self, name: str, owner: Owner, load: Any) -> None:
         def register() -> None:
-            plugin = load()
+            with contained(name) as own:
+                plugin = load()
+                own.add(plugin.__name__)
             _check_markers(plugin)
             if self._pm.is_registered(plugin):
                 raise ComponentError("the same module is already loaded")

@@ -17,16 +17,16 @@ BENCHMARKS = ROOT / "benchmarks" / "scl_defense_benchmarks"
 
 # A module imports from the lines above its own, and from its own line too where the line is below `types`.
 ORDER = (
-    ("errors",),
-    ("threat", "losses", "registry", "hookspecs", "guard", "runtime"),
+    ("errors", "deprecation"),
+    ("threat", "losses", "registry", "hookspecs", "guard", "runtime", "containment"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
-    ("checkpoint", "probe", "logs", "generation", "optim", "schedules", "passes"),
+    ("checkpoint", "probe", "logs", "generation", "optim", "schedules", "passes", "recovery"),
     ("compose", "mixture", "replay", "stored"),
     ("runstate",),
     ("train",),
-    ("protocols", "testing"),
-    ("cli", "__main__"),
+    ("protocols", "testing", "scaffold"),
+    ("pytest_plugin", "cli", "__main__"),
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line}
 # What a plugin may use. `models`: a trainer builds the Network. `hookspecs`: the type of `register`.

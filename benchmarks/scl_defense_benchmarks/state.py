@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from scl_defense.errors import UserError
+from scl_defense.logs import say_who, who_holds
 from scl_defense_benchmarks.battery import PlannedAttack
 
 FORMAT = "scl-defense-battery-state/1"
@@ -54,21 +55,23 @@ def state_path(out: str | Path) -> Path:
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """One process a result. Raises :class:`UserError` when another one writes it."""
-    lock = FileLock(str(path) + ".lock")
+    lock, holder = FileLock(str(path) + ".lock"), Path(path).with_name(f".{Path(path).name}.holder")
     try:
         # The lock itself tells no folder that cannot be written from one that somebody else is writing.
         os.close(os.open(lock.lock_file, os.O_RDWR | os.O_CREAT, 0o666))
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"another benchmark is writing '{path}'; wait for it or choose another --out") from None
+        raise UserError(f"{who_holds(holder)} is writing '{path}'; wait for it or choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot write beside '{path}': {error.strerror}; choose another --out") from None
     from scl_defense.checkpoint import sweep
 
     try:
         sweep(Path(path).parent, Path(path).name)
+        say_who(holder)
         yield
     finally:
+        holder.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()

@@ -78,9 +78,14 @@ def cli(debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130/143 stopped by a signal."""
-    if threading.current_thread() is threading.main_thread():
+    in_charge = threading.current_thread() is threading.main_thread()
+    if in_charge:
         signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if in_charge:  # it is done, and its exit code says how: there is nothing left to stop
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
 
 
 class Terminated(KeyboardInterrupt):

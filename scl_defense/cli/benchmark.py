@@ -20,7 +20,7 @@ from scl_defense.errors import UserError
               help="Attacks with options (pgd:steps=40,art:cw,cw:eps=0.5; see: plugins list attacks), or a battery: "
               "quick (noise, fgsm, pgd, pgd-l2), standard (quick + cw, deepfool, apgd-ce, apgd-dlr, apgd-t, fab-t, "
               "square), full (standard + cross-checks + autoattack). Short for options: pgd-l2, pgd-20, pgd-100, "
-              "cw-art (art:cw), hopskipjump (hsj). What cannot work here is skipped, and the table says why.")  # fmt: skip
+              "cw-art (art:cw), hopskipjump (hsj). What cannot work is skipped, and the table says why.")  # fmt: skip
 @subject_options
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's. Several are a curve: "

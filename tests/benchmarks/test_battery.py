@@ -1,6 +1,8 @@
 """From a battery as the user writes it to planned attacks; every mistake is one clear line before anything runs."""
 
+import dataclasses
 import re
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -360,3 +362,26 @@ def test_rotations_have_a_ball_of_their_own(host):
     settings = {"host": host, "threat": MAIN, "budgets": BUDGETS}
     assert str(plan_attacks("spatial", **settings).attacks[0].threat) == "linf:1"
     assert str(plan_attacks("spatial:eps=0.5", **settings).attacks[0].threat) == "linf:0.5"
+
+
+def test_the_page_of_the_battery_says_what_the_code_does(host):
+    page = (Path(__file__).parents[2] / "docs" / "battery.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    named = {row[0].strip("`"): row[1:] for row in rows}
+    for alias, text in ALIASES.items():
+        assert named[alias] == [f"`{text}`"], alias
+    for tier, members in TIERS.items():
+        written = [text for text in re.findall(r"`([^`]+)`", named[tier][0]) if text not in TIERS]
+        inner = next((other for other in TIERS if f"`{other}` and" in named[tier][0]), None)
+        assert [*(TIERS[inner] if inner else ()), *written] == list(members), tier
+    described = {name for row in rows if len(row) == 6 for name in re.findall(r"`([^`]+)`", row[0])}
+    registered = {entry.name for entry in host["attack"] if entry.owner.name != "a test"}
+    assert described <= registered
+    assert {name for name in registered if ":" not in name} <= described
+    for row in (row for row in rows if len(row) == 6):
+        names, parts = re.findall(r"`([^`]+)`", row[0]), row[3].split(";")
+        for name, settings in zip(names, parts if len(parts) == len(names) else [row[3]] * len(names), strict=True):
+            defaults = {field.name: field.default for field in dataclasses.fields(host["attack"].get(name))}
+            for option, value in re.findall(r"`(\w+)=([\d.]+)`", settings):
+                if option in defaults and isinstance(defaults[option], (int, float)):
+                    assert float(value) == defaults[option], (name, option)

@@ -38,7 +38,8 @@ folder = sys.argv[1]
 benchmark(
     network, images, labels, norm="linf", eps="0.02,0.05", seed=3, mode=sys.argv[2],
     attacks="noise:draws=40,native:pgd:steps=60:restarts=3,pgd:steps=60,fgsm,square:queries=20,"
-    "onepixel:norm=l0:eps=1:limit=1000:steps=2:population=10,cw:c=10:steps=10:eps=0.5,art:pgd:steps=5", out=f"{folder}/result.json",
+    "onepixel:norm=l0:eps=1:limit=1000:steps=2:population=10,cw:c=10:steps=10:eps=0.5,art:pgd:steps=5",
+    out=f"{folder}/result.json",
     per_image=f"{folder}/images.csv", save_examples=f"{folder}/examples.safetensors", probes="none",
 )
 """
@@ -211,7 +212,7 @@ def test_more_time_goes_on_where_the_limit_came(images, labels, tmp_path, small_
 
 def test_one_process_a_result(tmp_path):
     out = tmp_path / "result.json"
-    with locked(out), pytest.raises(UserError, match="another benchmark is writing"), locked(out):
+    with locked(out), pytest.raises(UserError, match=r"process .* is writing"), locked(out):
         raise AssertionError("the lock was given twice")
     with locked(out):
         pass

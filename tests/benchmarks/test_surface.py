@@ -61,7 +61,8 @@ def content(folder):
         ({"save_examples": "other.safetensors"}, "exists and was not written by --save-examples; it is kept"),
         ({"save_examples": "s.safetensors", "surrogate": "s.safetensors"}, "is the surrogate, which is read"),
         (
-            {"save_examples": "s.safetensors", "attacks": "noise,transfer:surrogate=s.safetensors:model=foreign_modules:LeNet"},
+            {"save_examples": "s.safetensors",
+             "attacks": "noise,transfer:surrogate=s.safetensors:model=foreign_modules:LeNet"},
             "exists and was not written",
         ),
         ({"save_examples": "h.safetensors", "head": "h.safetensors"}, r"is the head \(--head\), which is read"),

@@ -1,0 +1,1 @@
+"""Loggers of scl-defense that write to experiment trackers."""
