@@ -216,6 +216,14 @@ _ENTRIES = (
         "Give more restarts (apgd-ce:restarts=10) and other losses.", ("T20",),
     ),
     Diagnostic(
+        "planted-not-found", ("warning",), "masking",
+        "(deep) under 0.80 of the images for which an example was planted on the penultimate features",
+        "Zimmermann et al. 2022, Increasing confidence in adversarial robustness evaluations; the limit is ours",
+        "An adversarial example that is there by construction is not found: gradients before the last layer mislead.",
+        "Attack without gradients (square), through a smooth stand-in of the layer, or by transfer (--surrogate).",
+        ("T22",),
+    ),
+    Diagnostic(
         "silent-success", ("info",), "note", "any image", _IOAF,
         "The ascent passed a wrong label and came back: its last point understates it.",
         "Use attacks that keep their best point (apgd-ce, apgd-dlr).", ("T18",),

@@ -19,6 +19,7 @@ from scl_defense.threat import ThreatModel, parse_eps
 from scl_defense_benchmarks.catalogue import Flag, Severity, flagged, graded, one_sided
 from scl_defense_benchmarks.forward import check_logits, decide, logits_of
 from scl_defense_benchmarks.native import Noise, margin
+from scl_defense_benchmarks.planted import plant
 
 Depth = Literal["quick", "deep", "none"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +42,8 @@ BLACK_BOX = (0.01, 0.05)
 TOO_WEAK = 0.01
 FEWEST = 3  # images: a share of fewer is an anecdote
 NOISE_ONLY = 0.01
+PLANTED = 0.80  # share that must be found; 0.96 is the lowest seen on an honest network
+PLANTED_IMAGES = 50
 SLOPES = (0.10, 0.50)  # share of images whose autograd gradient is not the slope
 SLOPE_ERROR = 0.5
 FINE, COARSE = 1e-3, 1e-2  # root mean square of a pixel's step in a finite difference
@@ -295,6 +298,7 @@ def _behaviour(trial: _Trial, threat: ThreatModel, depth: Depth, robust: Tensor 
     flags += _worse("restarts-matter", again, white, (RESTARTS, 1.0), f"{len(starts)} starts", "one")
     if depth == "deep":
         flags += _worse("restarts-matter", starts[-1], starts[4], (MANY_RESTARTS, 1.0), "10 starts", "5")
+        flags += _planted(trial, threat)
     white = again
     double = _twice(threat)
     wider = _climb(trial, double, _cross_entropy).ever
@@ -315,6 +319,20 @@ def _too_weak(missed: Tensor) -> Iterator[Flag]:
     if share > TOO_WEAK and int(missed.sum()) >= FEWEST:
         what = f"Short probes break {int(missed.sum())} of {len(missed)} images that the whole battery has left."
         yield flagged("battery-too-weak", what, measured=share, threshold=TOO_WEAK)
+
+
+def _planted(trial: _Trial, threat: ThreatModel) -> Iterator[Flag]:
+    """Examples that are known to be there, on the network's own features, and are not found."""
+    outcome = plant(trial.network, trial.images[:PLANTED_IMAGES], threat, trial.rng)
+    if outcome is None or outcome.posed < FEWEST:
+        return
+    share = outcome.found / outcome.posed
+    if share < PLANTED:
+        what = (
+            f"The ascent finds a planted adversarial example for {outcome.found} of {outcome.posed} images "
+            f"(noise: {outcome.chance})."
+        )
+        yield flagged("planted-not-found", what, measured=share, threshold=PLANTED)
 
 
 def _on_survivors(

@@ -21,8 +21,9 @@ Choice = Literal["auto", "fp32", "bf16"]
 #: So many images a twin is compared with the network on.
 CHECKED = 64
 
-#: Families of attacks of which a bfloat16 pass alone was measured to find within 0.2 points of what a float32 pass
-#: finds (docs/speed.md): for all others what survives bfloat16 is attacked again in float32.
+#: Families of attacks that, in bfloat16 and once more in float32 where the network did not follow its twin, were
+#: measured to find within 0.2 points of what float32 finds (benchmarks/results/precision-mnist). Of all others, which
+#: lose up to 1.2 points in bfloat16, nothing is run in it unless it is asked for.
 BF16_ENOUGH: frozenset[str] = frozenset({"pgd", "fgsm"})
 
 # Twin and original may differ by so much of the largest logit: reordered float32 sums, no other function.

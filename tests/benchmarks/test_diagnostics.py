@@ -11,6 +11,7 @@ from scl_defense_benchmarks import diagnostics, probes, results
 from scl_defense_benchmarks.battery import Plan, plan_attacks
 from scl_defense_benchmarks.catalogue import CATALOGUE, LETTERS, flagged
 from scl_defense_benchmarks.evaluate import evaluate
+from scl_defense_benchmarks.planted import plant
 from scl_defense_benchmarks.statistics import wilson
 from torch import nn
 
@@ -401,6 +402,61 @@ def test_the_same_fault_is_told_once():
     low, high = flagged("zero-gradient", "a", "warning"), flagged("zero-gradient", "b", "error")
     other = flagged("moved-nothing", "c", "error", attacks=["pgd"])
     assert diagnostics.merged([low, other, high, low]) == [high, other]
+
+
+# -- planted examples
+
+
+def posed(network, images, threat="linf", eps="0.1"):
+    from scl_defense.guard import frozen
+
+    with frozen(network):
+        return plant(network, images, ThreatModel(threat, eps), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "0.1"), ("l2", "0.5")])
+def test_planted_examples_are_found_through_honest_features(network, robust, digit_images, norm, eps):
+    for honest in (network, robust):
+        outcome = posed(honest, digit_images[0][:40], norm, eps)
+        assert outcome.posed == 40
+        assert outcome.found >= 0.9 * outcome.posed and outcome.chance <= 0.3 * outcome.posed
+
+
+class Mistaken(nn.Module):
+    """The right logits; in place of the gradient, that of the mirrored image."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        mirrored = images.flip(3)
+        return self.inner(mirrored + (images - mirrored).detach())
+
+
+def test_a_misleading_gradient_misses_what_was_planted(network, digit_images):
+    assert torch.equal(Mistaken(network)(digit_images[0]), network(digit_images[0]))
+    outcome = posed(Mistaken(network), digit_images[0][:40])
+    assert outcome.posed == 40 and outcome.found < probes.PLANTED * 40
+    flags = diagnostics.probe(
+        Mistaken(network), *digit_images, ThreatModel("linf", "0.1"), torch.Generator().manual_seed(0), "deep"
+    )
+    assert {flag.id: flag.severity for flag in flags}["planted-not-found"] == "warning"
+
+
+def test_the_planted_point_is_in_the_ball_and_beyond_the_readout(monkeypatch):
+    """On linear features every posed problem can be solved, and the ascent is what solves it."""
+    linear = nn.Sequential(nn.Flatten(), nn.Identity(), nn.Linear(16, 3))
+    images = torch.full((20, 1, 4, 4), 0.5)
+    outcome = posed(linear, images)
+    assert (outcome.posed, outcome.found) == (20, 20)
+    # With no ascent at all, what is found is found by chance.
+    monkeypatch.setattr("scl_defense_benchmarks.planted.ascend", lambda objective, images, *rest, **more: images)
+    assert posed(linear, images).found == 0
+
+
+def test_without_a_linear_head_nothing_is_planted():
+    assert posed(Landscape(lambda pixel: pixel - 0.55), torch.full((4, 1, 2, 2), 0.5)) is None
 
 
 # -- the page

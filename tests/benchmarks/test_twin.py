@@ -54,7 +54,8 @@ def test_it_is_the_same_function_with_the_same_gradient(name, options, foldable,
         (gradient,) = torch.autograd.grad(logits.square().sum(), points)
         found.append((logits.detach(), gradient))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5 + 1e-4 * float(found[0][1].abs().max()))
+    # By length and not pixel by pixel: where a ReLU's input is zero but for rounding, one of the two may pass it.
+    assert float((found[1][1] - found[0][1]).norm()) <= 5e-3 * float(found[0][1].norm())
     assert not any(parameter.requires_grad for parameter in made.parameters())
     assert all(parameter.requires_grad for parameter in network.parameters())  # the original is nobody's business
 
