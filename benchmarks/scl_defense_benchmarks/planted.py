@@ -54,9 +54,9 @@ def readout_of(network: nn.Module, images: Tensor) -> nn.Linear | None:
 def plant(network: nn.Module, images: Tensor, threat: ThreatModel, rng: torch.Generator) -> Planted | None:
     """Pose the problem for every image and try to solve it by ascent, and by chance.
 
-    network: in eval mode, frozen; (N, C, H, W) in [0, 1] -> logits. threat: the ball, of a radius above 0 in Linf, L2
-    or L1. rng: every draw comes from it. ``None``: no linear layer makes the logits (a traced network, a head of another
-    kind), so that there are no features to read.
+    network: in eval mode, frozen; (N, C, H, W) in [0, 1] -> logits. threat: the ball, in Linf, L2 or L1, of a radius
+    above 0. rng: every draw comes from it. ``None``: no linear layer makes the logits (a traced network, another kind
+    of head), so that there are no features to read.
     """
     layer = readout_of(network, images)
     if layer is None:
