@@ -52,6 +52,7 @@ from scl_defense.errors import UserError
 @click.option("--fail-under", type=click.FloatRange(0, 1), metavar="SHARE",
               help="Exit 1 when the worst case of the main ball is below this, unknown, or in doubt.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit 1 when a flag says that a number cannot be trusted.")
+@common.report_option
 @common.plugin_option
 @common.json_option
 @common.quiet_option
@@ -67,6 +68,7 @@ def command(
     save_examples: str | None,
     fail_under: float | None,
     strict: bool,
+    report: bool | None,
     **settings: Any,
 ) -> None:
     """Attack a trained checkpoint on the test split; every example is checked again by us.
@@ -104,14 +106,20 @@ def command(
     except KeyboardInterrupt:
         click.echo("the same command goes on where it stopped", err=True)
         raise
+    page = None
+    if report or (report is None and not quiet and not as_json):
+        data_root = settings.get("data_root")
+        page = common.write_page(out, examples=save_examples, data_root=data_root, plugins=plugins)
     if as_json:
-        common.print_json({**result.to_json(), "file": out})
+        common.print_json({**result.to_json(), "file": out, **({} if page is None else {"report": page})})
     else:
         _show(result)
         taken = (result.checkpoint or {}).get("output")
         if taken is not None:
             click.echo(f"the network returns several outputs: {taken!r} holds the logits")
         click.echo(f"result: {shlex.quote(out)}")
+        if page is not None:
+            click.echo(f"report: {shlex.quote(page)} (opens in any browser)")
         for file in (file for file in (per_image, save_examples) if file):
             click.echo(f"also: {shlex.quote(file)}")
     if reasons := _failures(result, fail_under, strict):

@@ -3,17 +3,24 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
-from scl_defense.errors import UserError
+from scl_defense.errors import SclDefenseError, UserError, printable
 from scl_defense.plugins import PluginHost, default_host
 
 plugin_option = click.option(
     "--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load this Python file as a plugin (it runs code)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
+report_option = click.option(
+    "--report/--no-report",
+    default=None,
+    help="Write a page for others, FILE.html, beside it; default: yes, unless --quiet or --json.",
+)
 quiet_option = click.option("--quiet", is_flag=True, help="No progress, only the result.")
 
 
@@ -57,3 +64,17 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def write_page(source: str | Path, **settings: Any) -> str | None:
+    """The page of a result or of a study's folder, where ``report`` puts it; a fault costs the page alone.
+
+    settings: of the report layer. Returns the path, or ``None`` after saying on stderr why there is no page.
+    """
+    layer = import_module("scl_defense_benchmarks.report")  # named here, never known
+    try:
+        return str(layer.report([source], layer.page_beside([source]), **settings).page)
+    except (SclDefenseError, OSError) as error:
+        why = printable(" ".join(str(error).split()))
+        click.echo(f"note: the page was not written: {why} (the result is whole; see: scl-defense report)", err=True)
+        return None

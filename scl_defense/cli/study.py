@@ -27,6 +27,7 @@ from scl_defense.errors import UserError
 @click.option("--dry-run", is_flag=True, help="Print the grid and an estimate from measured steps, write nothing.")
 @click.option("--redo", is_flag=True, help="Cells whose recipe changed are made again; the old ones are moved aside.")
 @click.option("--tables-only", is_flag=True, help="Tables, figures and summary again, from results.jsonl.")
+@common.report_option
 @common.plugin_option
 @common.json_option
 @common.quiet_option
@@ -39,6 +40,7 @@ def command(
     plugins: tuple[str, ...],
     as_json: bool,
     quiet: bool,
+    report: bool | None,
     **rest: Any,
 ) -> None:
     """Train and attack a grid of methods and seeds; finished cells are not done again.
@@ -64,10 +66,15 @@ def command(
     if dry_run:
         _show_plan(result, as_json)
         return
+    page = None
+    if report or (report is None and not quiet and not as_json):
+        page = common.write_page(result.out)
     if as_json:
         common.print_json({**dataclasses.asdict(result), "out": str(result.out), "files": list(map(str, result.files))})
     else:
         _show(result)
+        if page is not None:
+            click.echo(f"report: {page} (opens in any browser)")
     if result.failed:
         raise click.exceptions.Exit(1)
 

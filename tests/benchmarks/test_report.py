@@ -610,3 +610,51 @@ def test_the_schema_is_documented():
     parts = [content, content["attacks"][0], content["worst_cases"][0], content["flags"][0], content["conclusion"]]
     for name in {name for part in parts for name in part}:
         assert f"`{name}`" in text, name
+
+
+# -- written by the commands that measure
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    line = ["train", "--limit", "64", "--epochs", "1", "--val-limit", "20", "--val-steps", "1", "-m", "width=4",
+            "--generator", "none", "--quiet", "--out", str(folder), "--name", "run"]  # fmt: skip
+    assert run(line) == 0
+    return (folder / "run" / "best.pt").read_bytes()
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.pt").write_bytes(tiny)
+    return tmp_path
+
+
+def measured(*more):
+    line = ["benchmark", "best.pt", "--attacks", "fgsm", "--n", "20", "--probes", "none", "--out", "r.json"]
+    assert run([*line, *more]) == 0
+
+
+def test_benchmark_writes_the_page_beside_its_result(trained, capsys):
+    measured("--save-examples", "e.safetensors")
+    out, err = capsys.readouterr()
+    assert "report: r.html" in out and "note:" not in err
+    page = (trained / "r.html").read_text()
+    assert "fgsm" in page and "data:image/png" in page  # the gallery: the examples were found
+    measured("--restart")  # a page of ours is made anew
+    assert "report: r.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--quiet"], ["--json"], ["--no-report"]])
+def test_no_page_where_none_is_wanted(trained, more):
+    measured(*more)
+    assert (trained / "r.json").exists() and not list(trained.glob("*.html"))
+
+
+def test_a_page_of_somebody_else_stays_and_the_result_is_whole(trained, capsys):
+    (trained / "r.html").write_text("<p>mine</p>")
+    measured()
+    out, err = capsys.readouterr()
+    assert (trained / "r.html").read_text() == "<p>mine</p>" and (trained / "r.json").exists()
+    assert "no page of ours" in err and "report:" not in out

@@ -126,6 +126,8 @@ def _target(out: str | Path) -> Path:
         raise UserError(f"'{out}' must end in .html; tables and figures are written beside it")
     if out.is_dir():
         raise UserError(f"'{out}' is a directory; give the page a file name, like {out / 'report.html'}")
+    if out.is_file() and b'name="generator" content="scl-defense' not in out.open("rb").read(4096):
+        raise UserError(f"'{out}' is there and no page of ours; choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
