@@ -104,11 +104,20 @@ def sweep(folder: Path, name: str = "") -> None:
 def save(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically. ``content``: plain data and tensors; the format's name is added."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **content}, buffer)
+    torch.save({"format": FORMAT, **_in_order(content)}, buffer)
     payload = buffer.getvalue()
     # What cannot be read back under weights_only must never be written: found here, not when it is needed.
     torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
     atomic_write_bytes(path, payload)
+
+
+def _in_order(content: Any) -> Any:
+    """Tensors row by row, whatever order a network computes in: a reader sees values, not how they lay in memory."""
+    if isinstance(content, torch.Tensor):
+        return content.contiguous()
+    if isinstance(content, Mapping):
+        return {name: _in_order(value) for name, value in content.items()}
+    return content
 
 
 def read_tensors(path: str | Path) -> tuple[Any, str]:

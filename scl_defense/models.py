@@ -108,6 +108,27 @@ class Network(nn.Module):
         return self.logits(images)
 
 
+def to_channels_last(network: Network, sample: Tensor) -> bool:
+    """Lay the convolutions' weights out channels-last, in place, which is what processors and cards compute fastest.
+
+    Only the order in memory changes, not a value. An encoder that cannot work with it (``view`` of a feature map) or
+    computes something else then is left as it is. sample: (N, C, H, W) in [0, 1]. Returns whether it was done.
+    """
+    trial = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        expected = trial.logits(sample)
+        try:
+            found = trial.to(memory_format=torch.channels_last).logits(sample)
+            trial.train().logits(sample)
+        except RuntimeError:
+            return False
+    scale = expected.abs().amax().clamp(min=1e-6)
+    if found.shape != expected.shape or not bool(((found - expected).abs() <= 1e-3 * scale).all()):
+        return False
+    network.to(memory_format=torch.channels_last)
+    return True
+
+
 class Twin:
     """A weight-averaged copy of a network (mean teacher; Tarvainen & Valpola 2017).
 

@@ -26,7 +26,7 @@ from scl_defense.data import Augment, open_data
 from scl_defense.errors import ComponentError, Interrupted, SclDefenseError, UserError
 from scl_defense.generation import generate, saved_encoder
 from scl_defense.guard import global_random_state
-from scl_defense.models import Network, Twin
+from scl_defense.models import Network, Twin, to_channels_last
 from scl_defense.optim import adversarial_weights, make_optimizer
 from scl_defense.passes import counted
 from scl_defense.plugins import PluginHost, default_host
@@ -156,6 +156,7 @@ class Run:
         encoder = model(self.data.image_shape)
         self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.mean, self.std)
         self.network.to(self.device)
+        to_channels_last(self.network, self.train_split.float_images(slice(0, 8)))
         self.frozen_encoder = bool(getattr(self.trainer, "frozen_encoder", False))
         if self.frozen_encoder:
             self.network.requires_grad_(False)

@@ -8,7 +8,7 @@ from torch import nn
 from scl_defense.config import make
 from scl_defense.data import open_data
 from scl_defense.errors import UserError
-from scl_defense.models import Network
+from scl_defense.models import Network, to_channels_last
 from scl_defense.plugins import PluginHost
 
 HOST = PluginHost()
@@ -249,3 +249,34 @@ def test_the_small_cnn_learns_the_digits():
     with torch.no_grad():
         accuracy = (network(test.float_images()).argmax(1) == test.labels).float().mean().item()
     assert accuracy > 0.97
+
+
+class _Flat(nn.Module):
+    """Works with rows in order only: ``view`` of a feature map."""
+
+    feature_dim = 4 * 6 * 6
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, images):
+        return self.convolution(images).relu().view(len(images), -1)
+
+
+def test_channels_last_changes_the_order_alone_and_leaves_what_cannot_work_with_it():
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 8, 8)
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder.feature_dim = 4
+    network = Network(encoder, 3, (0.5,) * 3, (0.5,) * 3).eval()
+    before, statistics = network(images), encoder[1].running_mean.clone()
+    assert to_channels_last(network, images)
+    assert encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(images), before)
+    assert torch.equal(encoder[1].running_mean, statistics) and int(encoder[1].num_batches_tracked) == 0
+
+    rigid = Network(_Flat(), 3, (0.5,) * 3, (0.5,) * 3)
+    assert not to_channels_last(rigid, torch.rand(4, 3, 6, 6))
+    assert rigid.encoder.convolution.weight.is_contiguous()
+    rigid.train()(torch.rand(4, 3, 6, 6)).sum().backward()
