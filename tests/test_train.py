@@ -56,7 +56,7 @@ def test_the_loop_equals_a_plain_loop(tmp_path):
     split = data.split("train", limit=96)
     torch.manual_seed(derive_seed(5, "init"))
     encoder = default_host()["model"].get("small-cnn")(width=4)(data.image_shape)
-    network = Network(encoder, 10, data.mean, data.std)
+    network = Network(encoder, 10, data.mean, data.std).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=5e-4)
     augment = Augment("weak", flip=False, image_shape=data.image_shape)
     network.train()
