@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scl_defense.draws import RowsOf
 from scl_defense.guard import frozen
 from scl_defense.runtime import derive_seed, stream
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks import diagnostics, results
 from scl_defense_benchmarks.battery import PlannedAttack
-from scl_defense_benchmarks.draws import RowsOf
 from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
