@@ -213,7 +213,7 @@ class Ranks:
 
     def trouble(self, code: int) -> int:
         """Say that this process is in trouble; the gravest of what all say."""
-        return code if self.world == 1 else self._meet(code, 0, None)[0]
+        return code if self.world == 1 else self._meet(code, 0, min(self._patience, PATIENCE))[0]
 
     def _meet(self, code: int, value: int, patience: float | None) -> tuple[int, int]:
         from torch import distributed as dist
@@ -314,7 +314,7 @@ class Ranks:
             from torch import distributed as dist
 
             self.most()
-            for tensor in tensors:
+            for tensor in [tensor.detach() for tensor in tensors]:
                 same = tensor.contiguous()
                 self._done(dist.broadcast(same, 0, group=self._by(same), async_op=True))
                 tensor.copy_(same)
@@ -371,11 +371,12 @@ def anywhere(flag: Any) -> bool:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def joined(device: torch.device, *, patience: float = PATIENCE) -> Iterator[Ranks]:
     """Inside, the processes that ``torchrun`` has started are one (:func:`ranks`); without it there is this one alone.
 
     An exception in one of them ends all: it is raised there, and :class:`PeerFailed` elsewhere. A process that died
-    or hangs is missed within 60 seconds (environment variable ``SCL_DEFENSE_RANK_TIMEOUT``): :class:`SclDefenseError`.
+    or hangs is missed within ``patience`` seconds (the environment variable ``SCL_DEFENSE_RANK_TIMEOUT`` is stronger),
+    one whose machine still answers at once: :class:`SclDefenseError`.
     """
     launch = launched()
     if launch is None or _joined:  # an inner call belongs to the outer one's processes
@@ -383,7 +384,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     from torch import distributed as dist
 
-    written = os.environ.get("SCL_DEFENSE_RANK_TIMEOUT", str(PATIENCE))
+    written = os.environ.get("SCL_DEFENSE_RANK_TIMEOUT", str(patience))
     if not written.replace(".", "", 1).isdigit() or float(written) <= 0:
         raise UserError(f"SCL_DEFENSE_RANK_TIMEOUT is {written!r}; it must be a number of seconds above 0")
     all_of_us = Ranks(launch.rank, launch.world, launch.local, "nccl" if device.type == "cuda" else "gloo")
