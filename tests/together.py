@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -54,15 +55,42 @@ def torchrun(arguments, world, cwd, **more):
     )
 
 
+ACCIDENTS = ("_stop", "_die", "_raise", "_memory")
+
+
+def accident(kind):
+    """What befalls a process in the middle of a step."""
+    if kind == "_stop":
+        signal.raise_signal(signal.SIGTERM)
+    elif kind == "_die":
+        os._exit(7)
+    elif kind == "_memory":
+        raise MemoryError("planted")
+    else:
+        raise ValueError("planted")
+
+
 def trained(options, out):
-    """Train; returns what was lost and the gradients of the first step, as tensors, and the weights."""
-    import torch
+    """Train; returns the records, the gradients of the first step, as tensors, the weights, and what else to compare.
+
+    An option ``_stop`` (or another of ACCIDENTS) = [rank, step]: that befalls the process in that step of the first
+    epoch, when it backpropagates.
+    """
 
     from scl_defense import checkpoint, train
+    from scl_defense.runtime import ranks
     from scl_defense.train import Run
 
-    seen = {}
-    gradients = Run.gradients
+    planned = {kind: options[kind] for kind in ACCIDENTS if kind in options}
+    options = {name: value for name, value in options.items() if name not in ACCIDENTS}
+    seen, backward, gradients = {}, Run.backward, Run.gradients
+
+    def stumbling(self, made, epoch, step):
+        for kind, (rank, when) in list(planned.items()):
+            if (rank, when, 0) == (ranks().rank, step, epoch):
+                del planned[kind]
+                accident(kind)
+        return backward(self, made, epoch, step)
 
     def watched(self, *arguments):
         found = gradients(self, *arguments)
@@ -70,15 +98,19 @@ def trained(options, out):
             seen.update({name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None})
         return found
 
-    Run.gradients = watched
+    Run.backward, Run.gradients = stumbling, watched
+    place = {} if "resume" in options else {"out": str(out)}
     try:
-        result = train(out=str(out), plugins=[PLUGIN], **options)
+        result = train(plugins=[PLUGIN], **place, **options)
     finally:
-        Run.gradients = gradients
+        Run.backward, Run.gradients = backward, gradients
+    if not ranks().leads:
+        return {}
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     content, _ = checkpoint.read(result.last)
-    assert all(bool(torch.isfinite(value).all()) for value in seen.values())
-    return {"records": records, "gradients": seen, "network": content["network"], "ranks": content["ranks"]}
+    return {
+        "records": records, "gradients": seen, **{name: content[name] for name in ("network", "ranks", "parts")},
+    }  # fmt: skip
 
 
 def main(what, out):
@@ -95,4 +127,10 @@ def main(what, out):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except SystemExit:
+        raise
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 9))
