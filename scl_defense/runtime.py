@@ -239,9 +239,9 @@ class Ranks:
 
     def _who_is_missing(self, said: str) -> str:
         """Whom we waited for in vain: whoever is left writes his name down, and lets go of those who wait for him."""
-        store, here = _store(), f"this is process {self.rank} of {self.world}"
         absent: list[int] = []
         with contextlib.suppress(Exception):
+            store = _store()
             store.set(f"here/{self.rank}", "")
             _tear_down()
             until = time.monotonic() + ECHO
@@ -251,8 +251,8 @@ class Ranks:
                 except Exception:
                     absent.append(rank)
         who = f"process {', '.join(map(str, absent))}" if absent else "another process"
-        why = "did not answer in time" if "timed out" in said.lower() else "has gone"
-        return f"{who} of this run {why} ({here}: {said}); what was saved last is kept"
+        why = "did not answer in time" if "timed out" in said.lower() else "has gone" if absent else f"has gone: {said}"
+        return f"{who} of this run {why} (this is process {self.rank} of {self.world}); what was saved last is kept"
 
     # -- exchanges
 
@@ -395,6 +395,8 @@ def joined(device: torch.device, *, patience: float = PATIENCE) -> Iterator[Rank
     if ours:
         dist.init_process_group(all_of_us.backend)
     all_of_us._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=LONG))
+    global _met
+    _met = True
     _joined.append(all_of_us)
     try:
         yield all_of_us
@@ -418,10 +420,15 @@ def _tear_down() -> None:
         dist.destroy_process_group()
 
 
+_met = False  # whether there ever was a store that process 0 may have taken with it
+
+
 def _store() -> Any:
-    """What the processes can read and write even when they are no longer on speaking terms."""
+    """What the processes can read and write even when they are no longer on speaking terms: torchrun's own."""
     from torch import distributed as dist
 
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
+        raise SclDefenseError("there is no store that outlives the processes")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     found = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ECHO))
     return dist.PrefixStore(f"scl-defense/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
@@ -438,7 +445,7 @@ def one_speaker() -> Iterator[bool]:
         store = _store()
         mine = store.add("speaker", 1) == 1
     except Exception:
-        yield launch.rank == 0
+        yield launch.rank == 0 or _met
         return
     try:
         yield mine
