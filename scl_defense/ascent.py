@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scl_defense.errors import ComponentError, UserError
 from scl_defense.losses import infonce, ntxent, unit
+from scl_defense.runtime import anywhere, ranks
 from scl_defense.threat import ThreatModel
 
 Objective = Callable[[Tensor], Tensor]
@@ -55,7 +56,7 @@ def ascend(
     shape or does not depend on the images.
     """
     images = images.detach()
-    if len(images) == 0:
+    if len(images) == 0 and not ranks().in_step:
         return images.clone()
     if isinstance(start, Tensor):
         if start.shape != images.shape:
@@ -102,12 +103,17 @@ def _step(
     rows: Tensor | None = None,
 ) -> Tensor:
     """One step from ``points`` and back into the ball around ``images``; these are the ``rows`` of ``whole``."""
+    if len(points) == 0:  # other processes have images: what they draw is drawn here too
+        if rows is None and anywhere(False):
+            threat.random_direction(whole, rng)
+        return points
     gradient = _gradient(objective, points)
     # NaN is no direction; an infinite slope is the largest there is.
     flat = torch.nan_to_num(gradient.flatten(1), nan=0.0)
     direction = threat.steepest(flat.view_as(images), points)
     stuck = flat.abs().amax(1) == 0
-    if stuck.any():  # drawn for the whole batch: the number drawn does not depend on which samples are stuck
+    # Drawn for the whole batch: the number drawn does not depend on which samples are stuck, nor on who has them.
+    if anywhere(stuck.any()) if rows is None else stuck.any():
         drawn = threat.random_direction(whole, rng)
         direction = torch.where(stuck.view(-1, 1, 1, 1), drawn if rows is None else drawn[rows], direction)
     return threat.project(images, points + length * direction)
@@ -142,6 +148,8 @@ def ascend_contrast(
     rel_step: float | None = None,
     start: Literal["uniform", "gaussian", "zero"] = "uniform",
     rng: torch.Generator,
+    gather: Callable[[Tensor], Tensor] = lambda values: values,
+    first: int = 0,
 ) -> Tensor:
     """Contrastive PGD: maximise a contrastive loss of perturbed views. Returns ``count`` of them, (A, N, C, H, W).
 
@@ -160,6 +168,9 @@ def ascend_contrast(
 
     The encoder in training as ``embed`` gives the published online attacks; a fixed feature map the model-free one.
 
+    Of several processes each has some of the images: ``gather`` gives the rows of all, of which the own ones begin at
+    ``first`` (see :class:`scl_defense.types.Context`); not for ``ntxent-joint``, whose perturbed rows interact.
+
     embed: (N, C, H, W) -> (N, ...) features, flattened here. views: (V, N, C, H, W) in [0, 1]. labels: (N,). Raises
     :class:`UserError` for N = 1 (without a negative the gradient vanishes; ``align`` has none) and for ``align`` of a
     view against itself from a zero start.
@@ -167,7 +178,7 @@ def ascend_contrast(
     if objective not in get_args(Contrastive):
         raise UserError(f"objective '{objective}' is unknown; it must be one of {', '.join(get_args(Contrastive))}")
     check_negatives(objective, negatives)
-    if objective != "align" and views.shape[1] < 2:
+    if objective != "align" and len(gather(views.new_zeros(views.shape[1]))) < 2:
         raise UserError("contrastive PGD needs at least 2 images a batch: with one there is no negative, no gradient")
     if objective == "align" and start == "zero" and len(views) == 1:
         raise UserError("objective=align has no gradient at a view against itself; use start=uniform, or two views")
@@ -177,19 +188,20 @@ def ascend_contrast(
     walk: dict[str, Any] = {"steps": steps, "rel_step": rel_step, "start": start, "rng": rng}
     if objective == "ntxent-joint":
         return _ascend_jointly(embed, views, places, threat, temperature, walk)
-    mates = None if labels is None else labels[:, None] == labels[None, :]
+    mates = None if labels is None else labels[:, None] == gather(labels)[None, :]
     adversarial = []
     for place in places:
         with torch.no_grad():
-            references = embed(views[(place + 1) % len(views)]).flatten(1)
+            references = gather(embed(views[(place + 1) % len(views)]).flatten(1))
 
         def loss(images: Tensor, references: Tensor = references) -> Tensor:
             found = embed(images).flatten(1)
             if objective == "align":
-                return -(unit(found) * unit(references)).sum(1) / temperature
+                return -(unit(found) * unit(references[first : first + len(found)])).sum(1) / temperature
             if objective == "supcon" and mates is not None:
                 return _one_sided_supcon(found, references, mates, temperature)
-            return infonce(found, references, temperature, exclude=mates if negatives == "other-classes" else None)
+            exclude = mates if negatives == "other-classes" else None
+            return infonce(found, references, temperature, exclude=exclude, first=first)
 
         adversarial.append(ascend(loss, views[place], threat, **walk))
     return torch.stack(adversarial)

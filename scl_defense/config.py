@@ -65,7 +65,7 @@ class TrainConfig:
     ] = 1.0
     eps_ramp: Annotated[float, Field(ge=0, le=1, description="share of all steps in which it goes over to eps")] = 0.0
     epochs: Annotated[int, Field(ge=1, le=100_000, description="passes over the training split")] = 40
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="images a step")] = 128
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000, description="images a step, of all processes together")] = 128
     optimizer: Annotated[Literal["adamw", "sgd"], Field(description="optimizer")] = "adamw"
     lr: Annotated[
         float | None, Field(gt=0, allow_inf_nan=False, description="peak learning rate; default: 0.003 adamw, 0.1 sgd")
@@ -113,6 +113,9 @@ class TrainConfig:
     val_steps: Annotated[int, Field(ge=1, description="PGD steps of the robust validation accuracy")] = 10
     precision: Annotated[Literal["fp32", "bf16"], Field(description="precision of the network's passes")] = "fp32"
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    sync_bn: Annotated[
+        bool, Field(description="under torchrun: batch norm sees the images of all processes, not its own alone")
+    ] = False
     seed: Annotated[int, Field(ge=0, le=2**62, description="seed of every random stream")] = 0
     logger: Annotated[tuple[str, ...], Field(description="where training records go")] = ("jsonl",)
     out: Annotated[str, Field(description="folder of the runs")] = "runs"

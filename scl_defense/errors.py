@@ -29,6 +29,14 @@ class Interrupted(SclDefenseError):
         self.exit_code = 128 + signum
 
 
+class PeerFailed(SclDefenseError):
+    """Another process of the same run is in trouble, and says itself what it is. ``code``: the kind of trouble."""
+
+    def __init__(self, code: int):
+        super().__init__("another process of this run has failed; its message says why")
+        self.code = code
+
+
 def printable(text: str) -> str:
     """``text`` without what a terminal would obey: control characters and the like become ``\\x1b`` and so on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -75,22 +75,25 @@ def margin(embed: Tensor, labels: Tensor, gap: float = 1.0) -> Tensor:
     return _mean_of(pairs.flatten(), off_diagonal.flatten())
 
 
-def infonce(embed: Tensor, references: Tensor, temperature: float = 0.5, *, exclude: Tensor | None = None) -> Tensor:
+def infonce(
+    embed: Tensor, references: Tensor, temperature: float = 0.5, *, exclude: Tensor | None = None, first: int = 0
+) -> Tensor:
     """One-sided InfoNCE per row (van den Oord et al. 2018): row i must find reference i among all references::
 
         l_i = -z_i.r_i / temperature + log sum_k exp(z_i.r_k / temperature)
 
     Separable in i: no row's value depends on another row of ``embed``. embed, references: (N, D), N >= 2;
     exclude: (N, N) bool, pairs left out of the sum (false negatives), never the diagonal. Returns (N,) in float32.
+    ``embed`` may be some of the rows, (n, D), those whose references begin at ``first``; exclude is then (n, N).
     """
-    if len(embed) < 2:
+    if len(references) < 2:
         raise ValueError("infonce needs at least two images: with one there is no negative and no gradient")
     scores = _products(unit(embed), unit(references)) / temperature
-    own = scores.diagonal()
+    own = scores.diagonal(first)
     if exclude is not None:
-        scores = scores.masked_fill(
-            exclude & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device), -torch.inf
-        )
+        pairs = torch.ones_like(scores, dtype=torch.bool)
+        pairs.diagonal(first).fill_(False)
+        scores = scores.masked_fill(exclude & pairs, -torch.inf)
     return scores.logsumexp(1) - own
 
 

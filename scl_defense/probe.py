@@ -13,6 +13,8 @@ from scl_defense.ascent import ascend
 from scl_defense.data import Split
 from scl_defense.guard import frozen
 from scl_defense.models import Network
+from scl_defense.runtime import ranks
+from scl_defense.sharing import features_of
 from scl_defense.threat import ThreatModel
 
 PROBE_DECAY = 1e-3
@@ -26,11 +28,12 @@ def fit_probe(network: Network, split: Split, *, batch_size: int = 512) -> None:
     linear layer. Deterministic: no random numbers, full batches.
     """
     with frozen(network), torch.no_grad():
-        features = torch.cat([network.features(split.float_images(part)) for part in _parts(len(split), batch_size)])
+        features = torch.cat([features_of(network, split, part) for part in _parts(len(split), batch_size)])
     weight, bias = fit_linear(features.float(), split.labels, network.num_classes)
     with torch.no_grad():
         network.classifier.weight.copy_(weight)
         network.classifier.bias.copy_(bias)
+        ranks().as_first([network.classifier.weight, network.classifier.bias])
 
 
 def fit_linear(features: Tensor, labels: Tensor, num_classes: int, decay: float = PROBE_DECAY) -> tuple[Tensor, Tensor]:
@@ -64,24 +67,34 @@ def accuracy(
     rng: torch.Generator,
     batch_size: int = 512,
 ) -> tuple[float, float]:
-    """Clean accuracy, and the share still right after PGD on the cross-entropy (``steps`` steps, random start)."""
-    right = survived = 0
+    """Clean accuracy, and the share still right after PGD on the cross-entropy (``steps`` steps, random start).
+
+    Several processes share out the images of every batch; what is drawn for an image is what one process would draw.
+    """
+    everybody, right, survived = ranks(), 0, 0
     with frozen(network):
         for part in _parts(len(split), batch_size):
-            images, labels = split.float_images(part), split.labels[part]
+            rows = everybody.rows(part.stop - part.start)
+            own = slice(part.start + rows.start, part.start + rows.stop)
+            images, labels = split.float_images(own), split.labels[own]
             with torch.no_grad():
-                correct = network(images).argmax(1) == labels
-            right += int(correct.sum())
+                correct = network(images).argmax(1) == labels if len(images) else labels == labels
+            counts = everybody.everyones(int(correct.sum()))
+            before, count = sum(counts[: everybody.rank]), sum(counts)
+            right += count
             images, labels = images[correct], labels[correct]
-            if len(images) == 0:
+            if count == 0:
                 continue
 
             def loss(adversarial: Tensor, labels: Tensor = labels) -> Tensor:
                 return F.cross_entropy(network(adversarial), labels, reduction="none")
 
-            adversarial = ascend(loss, images, threat, steps=steps, rng=rng)
-            with torch.no_grad():
-                survived += int((network(adversarial).argmax(1) == labels).sum())
+            with everybody.lockstep(slice(before, before + len(images)), count, rng):
+                adversarial = ascend(loss, images, threat, steps=steps, rng=rng)
+            if len(images):
+                with torch.no_grad():
+                    survived += int((network(adversarial).argmax(1) == labels).sum())
+    survived = int(everybody.sum(torch.tensor(survived)))
     return right / len(split), survived / len(split)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scl_defense import checkpoint
+from scl_defense.sharing import Piece
 from scl_defense.types import Batch, StepOutput
 
 MOST_SKIPPED = 10  # batches a run with on_nan="skip" leaves out; more of them are no accident
@@ -26,19 +27,11 @@ class NotFinite(Exception):
 class Made:
     """The parts of a batch that are forwarded together, each with its adversarial views (A, N, C, H, W)."""
 
-    parts: list[tuple[Batch, Tensor]]
+    parts: list[tuple[Piece, Tensor]]
 
     @property
     def adversarial(self) -> Tensor:
         return torch.cat([made for _, made in self.parts], 1)
-
-
-def cut(batch: Batch, parts: int) -> list[Batch]:
-    """``batch`` as so many batches of (almost) equal size, in its order; one part is the batch itself."""
-    if parts == 1:
-        return [batch]
-    rows = torch.arange(len(batch.labels), device=batch.labels.device).tensor_split(parts)
-    return [Batch(batch.views[:, at], batch.labels[at], batch.images[at], batch.indices[at]) for at in rows]
 
 
 def joined(outputs: Sequence[tuple[float, StepOutput]]) -> StepOutput:

@@ -52,6 +52,7 @@ class StoredExamples:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    by_row: ClassVar[bool] = True
 
     path: Annotated[str, Field(min_length=1, description="file written by scl-defense generate")]
     sha256: Annotated[str | None, Field(description="refuse any other file (filled in when it is read)")] = None

@@ -67,6 +67,7 @@ def save(run: "Run", path: Path) -> None:
             "plugins": run.host.provenance(),
             "versions": versions(),
             "random": {"seed": config.seed, "scheme": "derived from (seed, purpose, epoch, step)"},
+            "ranks": {**run.ranks.about(), "device": run.device.type, "sync_bn": config.sync_bn},
             "optimizer": run.optimizer.state_dict(),
             "twin": None if run.twin is None else run.twin.state_dict(),
             # With a weight average, "network" is the average: what goes on training is kept beside it.

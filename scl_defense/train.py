@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,36 +20,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scl_defense import checkpoint, logs, probe, runstate
+from scl_defense import checkpoint, logs, probe, runstate, runtime
 from scl_defense.compose import make_generator
 from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config, with_generator
 from scl_defense.data import Augment, open_data
-from scl_defense.errors import ComponentError, Interrupted, SclDefenseError, UserError
+from scl_defense.errors import ComponentError, Interrupted, PeerFailed, SclDefenseError, UserError
 from scl_defense.generation import generate, saved_encoder
 from scl_defense.guard import global_random_state
 from scl_defense.models import Network, Twin, to_channels_last
 from scl_defense.optim import adversarial_weights, make_optimizer
 from scl_defense.passes import counted
 from scl_defense.plugins import PluginHost, default_host
-from scl_defense.recovery import MOST_SKIPPED, Made, NotFinite, cut, gradient_norm, joined, save_batch
+from scl_defense.recovery import BATCH_FILE, MOST_SKIPPED, Made, NotFinite, gradient_norm, joined, save_batch
 from scl_defense.runstate import Progress
 from scl_defense.runtime import (
+    NO_MEMORY,
+    NOT_FINITE,
+    OK,
     StopRequest,
     autocast,
     derive_seed,
     out_of_memory,
+    ranks,
     repeatable,
     select_device,
     stop_on_signal,
     stream,
 )
 from scl_defense.schedules import learning_rate, radius_at, strength_at
+from scl_defense.sharing import (
+    Lot,
+    Piece,
+    norms_shared,
+    own_views,
+    passes_shared,
+    statistics_joined,
+    with_shared_norms,
+)
 from scl_defense.threat import ThreatModel
-from scl_defense.types import Batch, Context, StepOutput
+from scl_defense.types import Context, StepOutput
 
 CALIBRATION = 256  # images that model-free generators may measure their feature space on
 Event = Callable[[Mapping[str, Any]], None]
-View = Callable[[Tensor, int], Tensor]  # (images, number) -> one augmented view of them
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,9 @@ def train(
     :class:`TrainResult`; with ``dry_run`` a dict with the plan and the estimated time, and nothing is written.
     ``on_event`` is told of every step and epoch. SIGINT and SIGTERM save first and raise :class:`Interrupted`.
     Raises :class:`UserError` for a wrong recipe, :class:`ComponentError` when a component breaks its contract.
+
+    Under ``torchrun`` every process makes this call, with the same arguments; together they are one run with the same
+    batches (see docs/distributed.md). Process 0 alone writes, logs and is told of events; all return the result.
     """
     host = host or default_host(plugins)
     state = None
@@ -101,8 +117,8 @@ def train(
         config = train_config(options)
     elif options:
         raise UserError("give either a TrainConfig or keywords, not both")
-    with global_random_state(), repeatable(config.precision):
-        run = Run(config, host, on_event or (lambda event: None))
+    with global_random_state(), repeatable(config.precision), runtime.joined(select_device(config.device)) as everybody:
+        run = Run(config, host, on_event if on_event and everybody.leads else (lambda event: None))
         if state is not None:
             runstate.restore(run, state)
         elif config.init is not None:
@@ -111,12 +127,12 @@ def train(
             return run.plan()
         above = logs.missing_parents(config.out)
         if state is None:
-            run_dir = logs.new_run_dir(config.out, config.name, run.default_name())
+            run_dir = everybody.from_first(lambda: logs.new_run_dir(config.out, config.name, run.default_name()))
         try:
-            with logs.locked(run_dir), stop_on_signal() as stop:
+            with logs.locked(run_dir) if everybody.leads else nullcontext(), stop_on_signal() as stop:
                 return run.run(run_dir, stop)
         finally:
-            if state is None:  # a folder that this call made: a resumed run's folder is never taken away
+            if state is None and everybody.leads:  # a resumed run's folder is never taken away
                 logs.remove_if_empty(run_dir, above)
 
 
@@ -132,7 +148,10 @@ class Run:
         model = make(host, "model", config.model, config.model_options)
         self.loggers = [make(host, "logger", name) for name in config.logger]
         self.device = select_device(config.device)
-        self.data = open_data(config.data, root=config.data_root, options=config.data_options, host=host)
+        self.ranks = ranks()
+        self.data = self.ranks.in_turn(
+            lambda: open_data(config.data, root=config.data_root, options=config.data_options, host=host)
+        )
         eps = self.data.budgets.get(config.norm) if config.eps is None else config.eps
         if eps is None:
             raise UserError(f"no usual {config.norm} radius is known for '{config.data}'; give one with --eps 8/255")
@@ -147,6 +166,11 @@ class Run:
             "val", val_fraction=config.val_fraction, limit=config.val_limit, device=self.device
         )
         self.batch_size = min(config.batch_size, len(self.train_split))
+        if self.batch_size < 2 * self.ranks.world > 2:
+            raise UserError(
+                f"a batch of {self.batch_size} images is too small for {self.ranks.world} processes: each needs 2; "
+                "start fewer, or give a larger --batch-size (of all processes together)"
+            )
         self.steps = len(self.train_split) // self.batch_size  # the rest of each permutation waits for the next epoch
         self.augment = Augment(
             config.augment, strength=config.strength, flip=self.data.flip, image_shape=self.data.image_shape
@@ -157,6 +181,12 @@ class Run:
         self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.mean, self.std)
         self.network.to(self.device)
         to_channels_last(self.network, self.train_split.float_images(slice(0, 8)))
+        with_shared_norms(self.network, config.sync_bn)
+        self.ranks.as_first([*self.network.parameters(), *self.network.buffers()])
+        self.by_row = {
+            "generator_by_row": bool(getattr(self.generator, "by_row", False)),
+            "trainer_by_row": bool(getattr(self.trainer, "by_row", False)),
+        }
         self.frozen_encoder = bool(getattr(self.trainer, "frozen_encoder", False))
         if self.frozen_encoder:
             self.network.requires_grad_(False)
@@ -200,12 +230,14 @@ class Run:
 
     def run(self, run_dir: Path, stop: StopRequest) -> TrainResult:
         self.run_dir = run_dir
-        log = logs.RunLog(self.loggers, run_dir, as_dict(self.config), self.progress.epoch)
-        checkpoint.atomic_write_bytes(run_dir / "config.toml", to_toml(as_dict(self.config)).encode())
+        loggers = self.loggers if self.ranks.leads else []
+        log = logs.RunLog(loggers, run_dir, as_dict(self.config), self.progress.epoch)
+        recipe = to_toml(as_dict(self.config)).encode()
+        self.ranks.from_first(lambda: checkpoint.atomic_write_bytes(run_dir / "config.toml", recipe))
         try:
             while self.progress.epoch < self.config.epochs and not self.progress.stopped:
                 if not self.train_epoch(stop):
-                    runstate.save(self, run_dir / "last.pt")
+                    self.save(run_dir / "last.pt")
                     command = f"scl-defense train --resume {shlex.quote(str(run_dir))}"
                     raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum)
                 record = self.finish_epoch(run_dir, log)
@@ -217,6 +249,10 @@ class Run:
             run_dir, run_dir / "best.pt", run_dir / "last.pt", self.progress.epoch, int(best["epoch"]), best["clean"],
             best["robust"], self.threat, self.progress.seconds, *self.progress.passes,
         )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Written by one process; none goes on, or away, before it is there."""
+        self.ranks.from_first(lambda: runstate.save(self, path), patience=runtime.LONG)
 
     def train_epoch(self, stop: StopRequest) -> bool:
         """The rest of the current epoch; False when a stop was asked for (the progress then says where)."""
@@ -233,6 +269,7 @@ class Run:
             self.on_event({"event": "step", "epoch": epoch, "epochs": self.config.epochs, "step": progress.step,
                            "steps": self.steps, "loss": self.mean_loss(),
                            "images_per_s": self.batch_size / (time.perf_counter() - started)})  # fmt: skip
+            stop.signum = self.ranks.most(stop.signum or 0) or None  # told to one, all stop at the same step
             if stop:
                 return False
         return True
@@ -250,62 +287,76 @@ class Run:
         """images -> views -> adversarial -> loss -> backward -> optimizer."""
         encoders = [self.network.encoder, *([] if self.twin is None else [self.twin.network.encoder])]
         with counted(*encoders) as passes:
-            images = self.train_split.float_images(chosen)
-            augment = replace(self.augment, strength=strength_at(self.config, epoch))
-
-            def view(images: Tensor, number: int) -> Tensor:
-                return augment(images, stream(self.config.seed, "augment", epoch, step, number))
-
-            views = torch.stack([view(images, number) for number in range(self.trainer.views)])
-            batch = Batch(views, self.train_split.labels[chosen], images, self.train_split.indices[chosen])
+            lot = Lot(
+                self.train_split,
+                chosen,
+                self.trainer.views,
+                replace(self.augment, strength=strength_at(self.config, epoch)),
+                lambda number: stream(self.config.seed, "augment", epoch, step, number),
+                **self.by_row,
+            )
             done, steps = epoch * self.steps + step, self.config.epochs * self.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, done, steps)
             perturb = bool(self.config.awp) and done >= self.config.awp_after * steps
-            output, adversarial = self.gradients(batch, epoch, step, view, perturb)
+            output, adversarial = self.gradients(lot, epoch, step, perturb)
             if output is None:
                 return {}
             if self.config.clip:
                 nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)  # here: the generator finds no gradients that it could disturb
-            seen = views[0, : -(-len(images) // self.progress.parts)]
+            statistics_joined(self.network, self.config.sync_bn)
             if self.twin is not None:
-                self.twin.update(self.network, seen)
+                with norms_shared(self.twin.network, self.config.sync_bn):
+                    self.twin.update(self.network, lot.own_part(self.progress.parts))
+                statistics_joined(self.twin.network, self.config.sync_bn)
             if self.average is not None:
-                self.average.update(self.network, seen)
+                self.average.update(self.network, lot.chosen)  # its statistics are averages: it looks at no image
         metrics = {name: float(value) for name, value in output.metrics.items()}
-        cost = {"forwards": passes.forwards / len(images), "backwards": passes.backwards / len(images)}
+        spent = self.ranks.sum(torch.tensor([passes.forwards, passes.backwards])).tolist()
+        cost = {"forwards": spent[0] / len(lot), "backwards": spent[1] / len(lot)}
         loss = float(output.loss.detach())
         return {"loss": loss, "adversarial_views": float(len(adversarial)), **cost, **metrics}
 
-    def gradients(self, batch: Batch, epoch: int, step: int, view: View, perturb: bool) -> tuple[Any, Tensor]:
+    def gradients(self, lot: Lot, epoch: int, step: int, perturb: bool) -> tuple[Any, Tensor]:
         """The trainer's output and the adversarial views; gradients are in the parameters. ``None``: a batch left out.
 
         When memory runs out, the same images are taken in twice as many parts, from here on. Gradients add up to one
-        step, so that the schedule stays; what a loss compares are then the images of a part.
+        step, so that the schedule stays; what a loss compares are then the images of a part. What happens to one of
+        several processes happens to all of them.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         made = Made([])
         while True:
             made.parts.clear()
+            trouble, what = OK, "loss or gradient of another process is not finite"
             try:
-                for number, part in enumerate(cut(batch, self.progress.parts)):
-                    made.parts.append((part, self.generate(part, epoch, step, view, number)))
+                for number, piece in enumerate(lot.pieces(self.progress.parts)):
+                    made.parts.append((piece, self.generate(lot, piece, epoch, step, number)))
                 output = self.perturbed(made, epoch, step) if perturb else self.backward(made, epoch, step)
                 if not math.isfinite(norm := gradient_norm(self.network)):
                     raise NotFinite(f"gradient of trainer '{self.config.trainer}' is {norm}")
+                self.ranks.most()
                 return output, made.adversarial
+            except PeerFailed as error:
+                if error.code not in (NOT_FINITE, NO_MEMORY):
+                    raise
+                trouble = error.code
             except NotFinite as error:
-                self.forget(buffers)
-                self.not_finite(error.what, batch, made, epoch, step)
-                return None, made.adversarial
+                trouble, what = self.ranks.trouble(NOT_FINITE), error.what
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 error.__traceback__ = None  # it holds the tensors that did not fit
+                trouble = self.ranks.trouble(NO_MEMORY)
             self.forget(buffers)
-            self.take_less(len(batch.labels))
+            if trouble not in (NOT_FINITE, NO_MEMORY):
+                raise PeerFailed(trouble)
+            if trouble == NOT_FINITE:
+                self.not_finite(what, lot, made, epoch, step)
+                return None, made.adversarial
+            self.take_less(len(lot))
 
     def forget(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """As if the step had not been begun: no gradients, the buffers (batch-norm statistics) as they were."""
@@ -317,7 +368,7 @@ class Run:
     def take_less(self, images: int) -> None:
         """Twice as many parts a batch, said once."""
         parts = 2 * self.progress.parts
-        if images < 2 * parts:
+        if images < 2 * parts * self.ranks.world:
             raise SclDefenseError(
                 f"memory ran out with {-(-images // self.progress.parts)} images at a time, and fewer cannot be "
                 "compared; the last checkpoint is kept; choose a smaller model or a cheaper generator"
@@ -330,14 +381,18 @@ class Run:
                            "compares as few)"})  # fmt: skip
         self.progress.parts = parts
 
-    def not_finite(self, what: str, batch: Batch, made: Made, epoch: int, step: int) -> None:
+    def not_finite(self, what: str, lot: Lot, made: Made, epoch: int, step: int) -> None:
         """Stop with the batch saved for inspection, or count it as left out, as the recipe says."""
         progress, config = self.progress, self.config
         where, kept = f"at epoch {epoch}, step {step}", ""
         if self.run_dir is not None and made.parts:
             rate = float(self.optimizer.param_groups[0]["lr"])
-            path = save_batch(self.run_dir, batch, made.adversarial, what=what, epoch=epoch, step=step, lr=rate,
-                              seed=config.seed, trainer=config.trainer, generator=str(config.generator))  # fmt: skip
+            parts = [self.whole_views(piece, adversarial) for piece, adversarial in made.parts]
+            path = self.run_dir / BATCH_FILE
+            if self.ranks.leads:
+                save_batch(self.run_dir, lot.whole(), torch.cat(parts, 1), what=what, epoch=epoch, step=step,
+                           lr=rate, seed=config.seed, trainer=config.trainer,
+                           generator=str(config.generator))  # fmt: skip
             kept = f"; its batch is in '{path}'"
         spent = progress.skipped >= MOST_SKIPPED or progress.skipped_now + 1 >= self.steps
         if config.on_nan == "stop" or spent:
@@ -351,17 +406,23 @@ class Run:
 
     def backward(self, made: Made, epoch: int, step: int) -> StepOutput:
         """The trainer's loss, checked, and its gradients."""
-        torch.manual_seed(derive_seed(self.config.seed, "network", epoch, step))  # dropout, if the model has any
-        images, outputs = sum(len(part.labels) for part, _ in made.parts), []
-        for part, adversarial in made.parts:
-            with autocast(self.device, self.config.precision):
-                output = self.trainer.step(self.network, part, adversarial)
-            loss = float(output.loss.detach())
-            if not math.isfinite(loss):
-                raise NotFinite(f"loss of trainer '{self.config.trainer}' is {loss}")
-            share = len(part.labels) / images
-            (share * output.loss).backward()
+        apart = (self.ranks.rank,) if self.ranks.rank else ()
+        torch.manual_seed(derive_seed(self.config.seed, "network", epoch, step, *apart))  # dropout, if there is any
+        images, outputs = sum(piece.whole for piece, _ in made.parts), []
+        for piece, adversarial in made.parts:
+            with (
+                passes_shared(self.network, piece, by_row=self.by_row["trainer_by_row"], training=True),
+                norms_shared(self.network, self.config.sync_bn),
+            ):
+                with autocast(self.device, self.config.precision):
+                    output = self.trainer.step(self.network, piece.seen, own_views(adversarial, piece, **self.by_row))
+                loss = float(output.loss.detach())
+                if not math.isfinite(loss):
+                    raise NotFinite(f"loss of trainer '{self.config.trainer}' is {loss}")
+                share = piece.whole / images
+                (share * output.loss).backward()
             outputs.append((share, StepOutput(output.loss.detach(), output.metrics)))
+        self.ranks.average([p.grad for p in self.network.parameters() if p.grad is not None])
         return joined(outputs)
 
     def perturbed(self, made: Made, epoch: int, step: int) -> StepOutput:
@@ -374,29 +435,49 @@ class Run:
         with adversarial_weights(self.network, self.config.awp):
             return self.backward(made, epoch, step)
 
-    def generate(self, batch: Batch, epoch: int, step: int, view: View, part: int = 0) -> Tensor:
-        """(A, N, C, H, W) adversarial views, made with what the generator declared and checked on every batch."""
+    def generate(self, lot: Lot, piece: Piece, epoch: int, step: int, part: int = 0) -> Tensor:
+        """(A, N, C, H, W) adversarial views, made with what the generator declared and checked on every batch.
+
+        A generator ``by_row`` makes those of this process's images, from its rows of what would be drawn for all.
+        """
         counters = (epoch, step, part) if part else (epoch, step)
+        by_row, alone = self.by_row["generator_by_row"], self.ranks.world == 1
+        start = piece.first + piece.rows.start * by_row
+        rows = slice(start, start + len(piece.given.labels))
+        rng = stream(self.config.seed, "generator", *counters)
         context = Context(
             threat=radius_at(self.config, self.threat, epoch * self.steps + step, self.config.epochs * self.steps),
-            rng=stream(self.config.seed, "generator", *counters),
+            rng=rng,
             calibration=self.calibration,
             epoch=epoch,
             step=step,
             cache=self.cache,
             streams=lambda purpose, *counters: stream(self.config.seed, f"generator {purpose}", *counters),
             generator=f"generator '{self.config.generator}'",
-            reaugment=view,
+            reaugment=lambda images, view: lot.view(images, view, rows),
+            first=piece.rows.start if by_row else 0,
+            gather=lambda values: self.ranks.gathered(values, self.ranks.sizes(piece.whole)) if by_row else values,
         )
         encoder = self.network if self.twin is None else self.twin.network
 
         def saved(path: str) -> nn.Module:
             return saved_encoder(path, self.data.image_shape, self.device, host=self.host)
 
-        precision = self.config.precision
-        return generate(
-            self.generator, batch, context, network=self.network, encoder=encoder, precision=precision, saved=saved
-        )
+        with ExitStack() as stack:
+            if by_row:
+                stack.enter_context(self.ranks.lockstep(piece.rows, piece.whole, rng))
+            elif not alone:
+                for network in {id(one): one for one in (self.network, encoder)}.values():
+                    stack.enter_context(passes_shared(network, piece, by_row=False, training=False))
+            return generate(
+                self.generator, piece.given, context, network=self.network, encoder=encoder,
+                precision=self.config.precision, saved=saved,
+            )  # fmt: skip
+
+    def whole_views(self, piece: Piece, adversarial: Tensor) -> Tensor:
+        """Adversarial views (A, N, C, H, W) of all processes' images."""
+        by_row = self.by_row["generator_by_row"]
+        return own_views(adversarial, piece, generator_by_row=by_row, trainer_by_row=False)
 
     def finish_epoch(self, run_dir: Path, log: logs.RunLog) -> dict[str, Any]:
         """Validate, keep the best checkpoint (see :meth:`is_better`), log the epoch, save the last checkpoint.
@@ -424,12 +505,12 @@ class Run:
         progress.stopped = bool(self.config.patience) and epoch - progress.best["epoch"] >= self.config.patience
         progress.seconds += time.perf_counter() - started
         if better:
-            runstate.save(self, run_dir / "best.pt")
+            self.save(run_dir / "best.pt")
         rate = self.optimizer.param_groups[0]["lr"]
         record |= {"val_clean": clean, "val_robust": robust, "seconds": round(progress.seconds, 3), "lr": rate}
         record = {"epoch": epoch, **record}
         log.log(record)
-        runstate.save(self, run_dir / "last.pt")
+        self.save(run_dir / "last.pt")
         return record
 
     def kept(self) -> Network:

@@ -88,6 +88,10 @@ class Context:
     (M, C, H, W) a fixed seeded sample of training images without labels. cache: a place for what can be made again
     from (seed, calibration) at any time; it is not saved. reaugment: (images (N, C, H, W), view index v) -> those
     images augmented with the very draws that made ``batch.views[v]``; ``None`` where nothing is augmented.
+
+    gather: (n, ...) values of the images of the batch -> (N, ...) those of all processes' images, without a gradient;
+    first: the place of the batch's first image among them. With one process, and for a generator that is not
+    ``by_row``, the batch holds all images.
     """
 
     threat: ThreatModel
@@ -100,6 +104,8 @@ class Context:
     granted: Mapping[str, Any] = field(default_factory=dict)
     generator: str = "this generator"
     reaugment: Callable[[Tensor, int], Tensor] | None = None
+    first: int = 0
+    gather: Callable[[Tensor], Tensor] = lambda values: values
 
     def _grant(self, need: str) -> Any:
         if need not in self.granted:
@@ -149,7 +155,10 @@ class Generator(Protocol):
     needs: subset of {"embed", "logits", "labels", "checkpoint"}; the core hands over nothing else. Empty:
     *model-free*. Optional ``ema``: momentum in [0, 1) of a weight-averaged twin that then stands behind
     ``context.embed``. Optional ``prepare(data, threat)``: called once before training, with the opened data set and
-    the threat model, to raise :class:`scl_defense.UserError` when the generator cannot work on them.
+    the threat model, to raise :class:`scl_defense.UserError` when the generator cannot work on them. Optional
+    ``by_row = True``: under ``torchrun`` it may get the images of one process alone, because what it makes of an image
+    needs no other one but through ``context.gather``, and because all it draws from ``context.rng`` are ``torch.rand``
+    and ``torch.randn`` with a row an image. Without it every process makes the views of all images.
     """
 
     needs: ClassVar[frozenset[str]]
@@ -170,7 +179,10 @@ class Trainer(Protocol):
     core fits a linear classifier on the frozen encoder). Optional ``ignores_adversarial = True``: the loss leaves the
     adversarial views out on purpose. torch's global generator is seeded from (seed, epoch, step) before every step,
     for dropout; a trainer draws from nothing else. Optional ``usual = (NAME, options)``: the generator that belongs to
-    the method when the user names none. Optional ``frozen_encoder = True``: only the classifier is trained.
+    the method when the user names none. Optional ``frozen_encoder = True``: only the classifier is trained. Optional
+    ``by_row = True``: under ``torchrun`` its views, images and adversarial views may be those of one process, because
+    it looks at them through ``network.features`` (``embed``, ``logits``, the network itself) alone, whole views at a
+    time; what these give, the labels and the indices are those of all. Without it every process gets all images.
     """
 
     views: int

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scl_defense.draws import image_by_image
 from scl_defense.errors import UserError
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
-from scl_defense_benchmarks.draws import image_by_image
 from scl_defense_benchmarks.fields import Limit, RandomStart, RelStep, Steps, Targets
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import library_call, without_logging_setup

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scl_defense.draws import RowsOf
 from scl_defense.guard import frozen
-from scl_defense.runtime import derive_seed, stream
+from scl_defense.runtime import Ranks, derive_seed, ranks, stream
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks import diagnostics, results
 from scl_defense_benchmarks.battery import PlannedAttack
-from scl_defense_benchmarks.draws import RowsOf
 from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
@@ -177,11 +177,12 @@ def attempt(
     chunks = correct.nonzero().squeeze(1).split(CHUNK)
     wanted = [chunk[~tally.skipped[chunk]] for chunk in chunks]
     total, done, spent, fresh, missing = sum(map(len, wanted)), 0, 0.0, 0, []
+    everybody = ranks()
+    saving = everybody.from_first(lambda: examples is not None)
+    there = everybody.from_first(lambda: _found_before(state, number, wanted, saving, kept))
     for chunk, places in enumerate(wanted):
-        record = state.get(number, chunk)
-        usable = record is not None and record["places"] == places.tolist()
-        if usable and (examples is None or (kept and record["saved"])):
-            tally.add(record)
+        if chunk in there:
+            tally.add(state.get(number, chunk) or {})
             done += len(places)
         elif len(places):
             missing.append((chunk, places))
@@ -190,31 +191,64 @@ def attempt(
     shared = target.repeatable and getattr(planned.attack, "parallel", False)
     workers = max(1, min(budget.workers, len(missing))) if shared else 1
     with _Crew(target, workers) as crew:
-        for wave in _waves(missing, workers):
+        for wave in _waves(missing, workers * everybody.world):
             if tally.fault:
                 break
             # A chunk is never cut short: one that would not fit any more is not begun, nor the attack's rest.
-            if budget.left() <= 0 or (fresh and spent / fresh * (total - done) > budget.left()):
+            each = spent / fresh if fresh else 0.0
+            if everybody.from_first(lambda rest=each * (total - done): budget.left() <= max(rest, 0.0)):  # type: ignore[misc]
                 tally.unfinished = f"time limit: {done} of {total} images were attacked"
                 break
             started = time.monotonic()
-            found = crew.attack(planned, wave, number, balls, seed, budget)
+            mine = wave[everybody.rank :: everybody.world]
+            found = crew.attack(planned, mine, number, balls, seed, budget) if mine else []
+            found = _of_all(everybody, found, len(wave), saving, time.monotonic() - started)
             spent, fresh = spent + time.monotonic() - started, fresh + sum(len(places) for _, places in wave)
             for (chunk, places), (record, best) in zip(wave, found, strict=True):
                 if examples is not None and "1" in record["tried"]:
                     tried = _bits(record["tried"])
                     examples.put(number, places[tried], best[tried.to(best.device)])
-                record["saved"] = examples is not None
+                record["saved"] = saving
                 state.put(number, chunk, record)
                 tally.add(record)
                 done += len(places)
             if progress is not None:
                 progress(planned.label, done, total)
+    budget.batch_size = -everybody.most(-budget.batch_size)
+    budget.halved = bool(everybody.most(int(budget.halved)))
     if tally.changed_weights:
         tally.fault = tally.fault or "it changed the network's weights (of its copy; nothing was judged on that)"
     found = summed_up(planned, target, tally, carried, number)
     ran_in = precision_of(planned, budget.precision, target.images.device)
     return dataclasses.replace(found, row=dataclasses.replace(found.row, precision=ran_in))
+
+
+def _found_before(state: State, number: int, wanted: Sequence[Tensor], saving: bool, kept: bool) -> set[int]:
+    """The chunks that need not be attacked again."""
+    found = set()
+    for chunk, places in enumerate(wanted):
+        record = state.get(number, chunk)
+        usable = record is not None and record["places"] == places.tolist()
+        if usable and record is not None and (not saving or (kept and record["saved"])):
+            found.add(chunk)
+    return found
+
+
+_Found = list[tuple[dict[str, Any], Tensor]]  # a chunk's record and its examples
+
+
+def _of_all(everybody: Ranks, found: _Found, chunks: int, saving: bool, took: float) -> _Found:
+    """What all processes found of a wave's chunks, which they took in turn; the examples only if they are saved."""
+    if everybody.world == 1:
+        return found
+    own = [(record, best.cpu() if saving else best[:0].cpu()) for record, best in found]
+    told = everybody.everyones((own, took))
+    joined = [told[place % everybody.world][0][place // everybody.world] for place in range(chunks)]
+    # Side by side they took less than one after the other: what is reported is the time that passed.
+    passed, summed = max(took for _, took in told), sum(record["seconds"] for record, _ in joined)
+    for record, _ in joined:
+        record["seconds"] = round(record["seconds"] * min(1.0, passed / max(summed, 1e-9)), 6)
+    return joined
 
 
 def _patient(planned: PlannedAttack) -> PlannedAttack:

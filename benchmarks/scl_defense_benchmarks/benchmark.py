@@ -2,19 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from scl_defense.checkpoint import sweep
 from scl_defense.errors import UserError
 from scl_defense.plugins import default_host
-from scl_defense.runtime import versions
+from scl_defense.runtime import LONG, joined, ranks, versions
 from scl_defense_benchmarks.attempt import Progress
 from scl_defense_benchmarks.diagnostics import check_recorded, merged
 from scl_defense_benchmarks.evaluate import Mode, evaluate
@@ -27,6 +29,18 @@ from scl_defense_benchmarks.targets import check_targets, files_named, not_a_sou
 from scl_defense_benchmarks.twin import Choice
 
 
+def _together(call: Callable[..., Report]) -> Callable[..., Report]:
+    """The processes of a ``torchrun`` make the call as one; how long they are apart depends on the attacks."""
+
+    @functools.wraps(call)
+    def called(*arguments: Any, **keywords: Any) -> Report:
+        with joined(torch.device("cpu"), patience=LONG):  # what they exchange are verdicts, not tensors of a card
+            return call(*arguments, **keywords)
+
+    return called
+
+
+@_together
 def benchmark(
     checkpoint: str | Path | nn.Module,
     images: Any = None,
@@ -87,6 +101,9 @@ def benchmark(
     save_examples: ``FILE.safetensors``, the examples as float32. A file that is read, or that somebody else wrote, is
     never replaced. command: recorded in the result as it stands.
 
+    Under ``torchrun`` every process makes this call, with the same arguments: they share out the images, one of them
+    writes, and all return the result (see docs/distributed.md).
+
     Raises :class:`UserError` before anything is attacked: no data, a checkpoint that does not fit the data, a
     battery that cannot be planned. An attack that cannot work here is left out, and the result says why; one that
     fails later becomes a row of it.
@@ -95,19 +112,22 @@ def benchmark(
         raise UserError("surrogate_model is the network of a surrogate; name its file too (--surrogate)")
     said = {"model": model, "model_options": model_options, "mean": mean, "std": std, **foreign}
     host = default_host(plugins)
-    asked = ask(
-        checkpoint,
-        images,
-        labels,
-        data=data,
-        data_options=data_options,
-        data_root=data_root,
-        norm=norm,
-        eps=eps,
-        n=n,
-        device=device,
-        host=host,
-        foreign=said,
+    everybody = ranks()
+    asked = everybody.in_turn(
+        lambda: ask(
+            checkpoint,
+            images,
+            labels,
+            data=data,
+            data_options=data_options,
+            data_root=data_root,
+            norm=norm,
+            eps=eps,
+            n=n,
+            device=device,
+            host=host,
+            foreign=said,
+        )
     )
     subject = asked.subject
     read_from = {
@@ -138,8 +158,9 @@ def benchmark(
     check_fit(subject.network, asked.images[:1], asked.classes, asked.name)
     state_file = None if out is None else state_path(out)
     known = {key: subject.about[key] for key in ("sha256",) if key in subject.about}
-    with contextlib.nullcontext() if out is None else locked(out):
-        if out is not None and per_image is not None:
+    writes = everybody.leads
+    with locked(out) if out is not None and writes else contextlib.nullcontext():
+        if out is not None and per_image is not None and writes:
             sweep(Path(per_image).parent, Path(per_image).name)
         if restart == "if-stale" and state_file is not None:
             identity = identity_of(
@@ -152,7 +173,7 @@ def benchmark(
                 precision=precision,
                 about=known,
             )
-            restart = _is_stale(state_file, identity)
+            restart = everybody.from_first(lambda: _is_stale(state_file, identity))
         found = evaluate(
             subject.network,
             asked.images,
@@ -184,11 +205,11 @@ def benchmark(
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        if per_image is not None:
+        if per_image is not None and writes:
             write_per_image(result, per_image)
-        if out is not None:
+        if out is not None and writes:
             write(result, out)
-        if state_file is not None and result.complete:
+        if state_file is not None and result.complete and writes:
             state_file.unlink(missing_ok=True)
     return result
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
-from scl_defense.runtime import derive_seed, repeatable, stream
+from scl_defense.runtime import derive_seed, ranks, repeatable, stream
 from scl_defense.threat import parse_eps
 from scl_defense_benchmarks import diagnostics
 from scl_defense_benchmarks.attempt import Attempt, Budget, Progress, Target, attempt, counted_in, worst_case
@@ -70,7 +70,8 @@ def evaluate(
     battery (see :mod:`scl_defense_benchmarks.probes`). precision: what attacks may run in (see
     :func:`scl_defense_benchmarks.twin.rounds`); every verdict is float32. workers: chunks attacked side by side, where
     the attack draws from its own generator alone and the network draws nothing; default: torch's number of threads on
-    a CPU, else 1; it reaches no number. about: what tells this network from others beside its weights.
+    a CPU, else 1; it reaches no number. Processes under ``torchrun`` share out the chunks and exchange what they found;
+    the first writes and is told of progress. about: what tells this network from others beside its weights.
 
     Raises :class:`UserError` for images or labels that cannot be; an attack's fault never leaves this function.
     """
@@ -100,11 +101,16 @@ def evaluate(
         side_by_side = workers or (torch.get_num_threads() if images.device.type == "cpu" else 1)
         deadline = None if time_limit is None else started + time_limit
         budget = Budget(batch_size, deadline, precision=precision, workers=side_by_side)
-        state = State(None, {})
-        if state_file is not None:
+        everybody = ranks()
+
+        def opened() -> State:
             how = {"seed": seed, "mode": mode, "precision": precision}
             asked = identity_of(network, images, labels, plan.attacks, **how, about=about)
-            state = open_state(Path(state_file), asked, restart=restart)
+            return open_state(Path(state_file), asked, restart=restart)  # type: ignore[arg-type]
+
+        state = State(None, {}) if state_file is None else everybody.from_first(opened)
+        if not everybody.leads:
+            state.path, examples_file, progress = None, None, None
         examples = None if examples_file is None else ExampleFile(examples_file, images)
         if examples is not None and state.fresh:
             examples.clear()
@@ -116,7 +122,9 @@ def evaluate(
         if probes != "none" and place is not None:
             robust = torch.tensor([code != BROKEN for code in cases[place].outcomes])
             ball, rng = plan.threats()[place], stream(seed, "probes")
-            found = diagnostics.probe(network, images, labels, ball, rng, probes, robust)
+            found = everybody.from_first(
+                lambda: diagnostics.probe(network, images, labels, ball, rng, probes, robust)  # type: ignore[arg-type]
+            )
             flags += diagnostics.answered(found, [one.row for one in attempts if one.row.label in cases[place].attacks])
     for one in attempts:
         flags += diagnostics.check_row(one.row)
@@ -146,6 +154,7 @@ def evaluate(
         precision=precision,
         workers=side_by_side,
         threads=torch.get_num_threads(),
+        ranks=everybody.world,
         mode=mode,
         labels=tuple(labels.tolist()),
         predictions=tuple(decide(logits).tolist()),

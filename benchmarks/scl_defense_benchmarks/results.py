@@ -119,8 +119,8 @@ class EvaluationResult:
 
     mode: ``independent``: every attack gets every rightly classified image; ``cascade``: what no attack before it has
     broken. probes: how much was tried beside the battery. precision: as asked for. workers, threads: chunks side by
-    side, torch's threads; neither reaches a number. labels, predictions: of the clean images. indices: their places in
-    the data's test split, if it has one.
+    side, torch's threads; ranks: processes under torchrun; none reaches a number. labels, predictions: of the clean
+    images. indices: their places in the data's test split, if it has one.
     """
 
     n: int
@@ -145,6 +145,7 @@ class EvaluationResult:
     precision: str = "fp32"
     workers: int = 1
     threads: int = 1
+    ranks: int = 1
     command: str | None = None
     created: str | None = None
     mode: str = "independent"

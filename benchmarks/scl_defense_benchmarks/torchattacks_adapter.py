@@ -27,11 +27,11 @@ import torch.nn.functional as F
 import torchattacks
 from torch import Tensor, nn
 
+from scl_defense.draws import image_by_image
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
-from scl_defense_benchmarks.draws import image_by_image
 from scl_defense_benchmarks.fields import Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
 from scl_defense_benchmarks.forward import logits_of
 from scl_defense_benchmarks.library_guard import library_call

@@ -5,12 +5,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import click
 
-from scl_defense.errors import SclDefenseError, printable
+from scl_defense.errors import PeerFailed, SclDefenseError, UserError, printable
+from scl_defense.launcher import launched
 
 # command -> (module, one-line help). A command's module is imported when it runs, not for --help.
 COMMANDS = {
@@ -25,6 +27,7 @@ COMMANDS = {
     "info": ("scl_defense.cli.info", "What a checkpoint holds."),
     "doctor": ("scl_defense.cli.doctor", "What this installation has, what is missing, what does not fit."),
 }
+TOGETHER = ("train", "finetune", "benchmark")  # commands that several processes under torchrun run as one
 # click 8.2 raises it where 8.1 printed the help by itself; an empty tuple catches nothing.
 NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
@@ -37,6 +40,8 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
+            if name not in TOGETHER and launched() is not None:
+                raise UserError(f"'{name}' runs in one process; start it without torchrun")
             return import_module(COMMANDS[name][0]).command
         return self._with_plugins().commands.get(name)
 
@@ -113,6 +118,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt) as error:  # click makes its own of a KeyboardInterrupt
         terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
         return _fail("stopped", 143 if terminated else 130, debug)
+    except PeerFailed as error:  # it is said where it happened
+        return error.exit_code
     except SclDefenseError as error:
         return _fail(" ".join(str(error).split()), error.exit_code, debug)
     except BrokenPipeError:  # the reader of a pipe has gone: `... | head`
@@ -130,5 +137,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool, hint: str = "") -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"error: {printable(message)}{hint}", err=True)
+    with _one_speaker() as mine:
+        if mine:
+            click.echo(f"error: {printable(message)}{hint}", err=True)
     return code
+
+
+def _one_speaker() -> AbstractContextManager[bool]:
+    """Of several processes one says what is wrong with all of them."""
+    if launched() is None:
+        return nullcontext(True)
+    from scl_defense.runtime import one_speaker
+
+    return one_speaker()

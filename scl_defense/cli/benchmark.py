@@ -12,6 +12,7 @@ import click
 from scl_defense.cli import common
 from scl_defense.cli.subject import as_given, found, subject_options
 from scl_defense.errors import UserError
+from scl_defense.launcher import leads
 
 
 @click.command("benchmark")
@@ -90,7 +91,7 @@ def command(
     from scl_defense.cli.progress import AttackProgress
 
     try:
-        with AttackProgress(quiet=quiet or as_json) as progress:
+        with AttackProgress(quiet=quiet or as_json or not leads()) as progress:
             result = benchmark(
                 path,
                 plugins=plugins,
@@ -104,8 +105,11 @@ def command(
                 **settings,
             )
     except KeyboardInterrupt:
-        click.echo("the same command goes on where it stopped", err=True)
+        if leads():
+            click.echo("the same command goes on where it stopped", err=True)
         raise
+    if not leads():  # one of several processes speaks
+        return
     page = None
     if report or (report is None and not quiet and not as_json):
         data_root = settings.get("data_root")

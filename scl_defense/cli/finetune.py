@@ -7,6 +7,7 @@ import click
 
 from scl_defense.cli import common
 from scl_defense.errors import UserError
+from scl_defense.launcher import leads
 
 
 @click.command("finetune")
@@ -48,6 +49,7 @@ def command(
 
     given = {name: value for name, value in flags.items() if value is not None}
     config = finetune_config(checkpoint, protocol, **given)
-    with TrainProgress(quiet=quiet or as_json) as progress:
+    with TrainProgress(quiet=quiet or as_json or not leads()) as progress:
         result = train(config, host=host, on_event=progress, dry_run=dry_run)
-    (show_plan if dry_run else show_result)(result, as_json)
+    if leads():  # one of several processes speaks
+        (show_plan if dry_run else show_result)(result, as_json)

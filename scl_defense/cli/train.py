@@ -10,6 +10,7 @@ from scl_defense.cli import common
 from scl_defense.compose import check_name
 from scl_defense.config import COMPONENT_FIELDS, TrainConfig, layered, options_of, read_toml, train_config
 from scl_defense.errors import UserError
+from scl_defense.launcher import leads
 
 _SHORT = {"data": "d", "generator": "g", "trainer": "t", "model": "m"}
 
@@ -27,6 +28,10 @@ def _recipe_options(command: Any) -> Any:
             continue
         multiple = option.name == "logger"
         shown = option.default if not isinstance(option.default, (list, tuple)) else "+".join(option.default)
+        if option.type == "bool":
+            text = f"{option.description[0].upper()}{option.description[1:]}."
+            command = click.option(flag, option.name, is_flag=True, default=None, help=text)(command)
+            continue
         suffix = "" if option.default is None else f"  [default: {shown}]"
         kind = option.type.removesuffix("|none")
         metavar = "NAME" if option.name in COMPONENT_FIELDS or multiple else kind if "|" in kind else kind.upper()
@@ -76,8 +81,10 @@ def command(
     from scl_defense.cli.progress import TrainProgress
     from scl_defense.train import train
 
-    with TrainProgress(quiet=quiet or as_json) as progress:
+    with TrainProgress(quiet=quiet or as_json or not leads()) as progress:
         result = train(config, resume=resume, host=host, on_event=progress, dry_run=dry_run)
+    if not leads():  # one of several processes speaks
+        return
     if dry_run:
         show_plan(result, as_json)
     else:

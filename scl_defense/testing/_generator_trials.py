@@ -1,7 +1,7 @@
 """Calls of one generator, made the way training makes them, with everything that a check may ask about kept."""
 
-from collections.abc import MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scl_defense.draws import RowsOf
 from scl_defense.generation import centres, generate
 from scl_defense.models import Network, Twin
 from scl_defense.runtime import stream
@@ -126,7 +127,10 @@ class Trials:
         cache: MutableMapping[Any, Any] | None = None,
         needs: frozenset[str] | None = None,
         touched: set[str] | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Trial:
+        """rows: (first, of how many): ``batch`` is one process's share of the images, as under ``torchrun``."""
         needs = self.needs if needs is None else needs
         shape = worlds.shape_of(batch.images)
         if isinstance(network, str):
@@ -135,9 +139,11 @@ class Trials:
         momentum = getattr(self.component, "ema", 0.0)
         if network is not None and momentum and "embed" in needs:
             encoder = Twin(network, momentum).network
+        rng = stream(seed, "generator", epoch, step)
+        first, total = rows or (0, len(batch.labels))
         context = _Watched(
             threat=threat,
-            rng=stream(seed, "generator", epoch, step),
+            rng=rng,
             calibration=worlds.pictures(12, shape, seed=77)[0],
             epoch=epoch,
             step=step,
@@ -146,6 +152,8 @@ class Trials:
             generator=f"generator '{self.name}'",
             reaugment=lambda images, view: (images + (batch.views[view] - batch.images)).clamp(0, 1),
             touched=set() if touched is None else touched,
+            first=first,
+            gather=gather or (lambda values: values),
         )
         lent: list[Network] = []
         if network is not None and encoder is not None and needs & {"embed", "logits"}:
@@ -158,7 +166,10 @@ class Trials:
         outside = {} if network is None else network_state(network)
         spy: Any = _Spy(self.component, needs, lent)
         seed_globals(global_seed)  # so that drawing from them is one failure, not all
-        generate(spy, batch, context, network=network, encoder=encoder, saved=lambda path: worlds.saved_encoder(shape))
+        with nullcontext() if rows is None else RowsOf(first, first + len(batch.labels), total, rng):
+            generate(
+                spy, batch, context, network=network, encoder=encoder, saved=lambda path: worlds.saved_encoder(shape)
+            )
         after = {} if network is None else network_state(network)
         where = f"{threat}, {len(batch.labels)} images {'x'.join(map(str, shape))}"
         disturbed = sorted({*spy.disturbed, *changes(outside, after)})

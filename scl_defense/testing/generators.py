@@ -200,6 +200,34 @@ def check_constant_images(trials: Trials) -> None:
             expect(finite, f"on images that are {value:g} everywhere it returned NaN or infinite values ({threat})")
 
 
+def check_by_row(trials: Trials) -> None:
+    """With ``by_row`` an image gets the same adversarial views whether all images are there or, as under ``torchrun``,
+    some of them: others are looked at through ``context.gather`` alone, and draws are one row an image.
+    """
+    applies_if(getattr(trials.component, "by_row", False) and trials.repeatable)
+    for threat in worlds.THREATS:
+        batch, told = worlds.batch_of(7), list[Tensor]()
+
+        def gather(values: Tensor, told: list[Tensor] = told) -> Tensor:
+            told.append(values)
+            return values
+
+        whole = trials.call(batch, threat, gather=gather)
+        applies_if(whole.shaped and len(whole.output))
+        some = Batch(batch.views[:, 3:], batch.labels[3:], batch.images[3:], batch.indices[3:])
+        theirs = iter(told)
+        part = trials.call(some, threat, gather=lambda values, theirs=theirs: next(theirs, values), rows=(3, 7))
+        alike = part.shaped and len(part.output) == len(whole.output)
+        # A sign may turn where a gradient is next to nothing: a pixel, never an image.
+        moved = (whole.flat - whole.origin).abs().mean()
+        apart = (part.output - whole.output[:, 3:]).abs().mean() if alike else moved
+        expect(
+            alike and bool(apart <= 0.02 * moved + 1e-7),
+            f"by_row is declared, but what it makes of an image changes with the others ({threat}); use gather, "
+            "draw a row an image from context.rng, or leave by_row out",
+        )
+
+
 def check_one_view(trials: Trials) -> None:
     """With a single view (as for a plain classifier) it works, or says in one line of :class:`UserError` what to do."""
     _works_or_explains(trials, worlds.batch_of(views=1), "a batch with one view")
@@ -287,6 +315,7 @@ GENERATOR_CHECKS: tuple[Check, ...] = (
     check_model_free,
     check_label_free,
     check_constant_images,
+    check_by_row,
     check_one_view,
     check_one_image,
     check_beats_corner_noise,

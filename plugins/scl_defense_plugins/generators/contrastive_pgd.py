@@ -62,6 +62,11 @@ class ContrastivePGD:
         if self.path is not None and not Path(self.path).is_file():
             raise UserError(f"checkpoint '{self.path}' of space=checkpoint does not exist; give the file of a run")
 
+    @property
+    def by_row(self) -> bool:
+        """Against fixed references every image goes its own way; jointly perturbed ones do not."""
+        return self.objective != "ntxent-joint"
+
     def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
         return ascend_contrast(
             self._space(context),
@@ -76,6 +81,8 @@ class ContrastivePGD:
             rel_step=self.rel_step,
             start=self.start,
             rng=context.rng,
+            gather=context.gather,
+            first=context.first,
         )
 
     def _space(self, context: Context) -> spaces.Space:

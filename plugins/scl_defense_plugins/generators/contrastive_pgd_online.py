@@ -44,6 +44,11 @@ class ContrastivePGDOnline:
         labels = self.objective == "supcon" or self.negatives == "other-classes"
         return frozenset({"embed", "labels"} if labels else {"embed"})
 
+    @property
+    def by_row(self) -> bool:
+        """Against fixed references every image goes its own way; jointly perturbed ones do not."""
+        return self.objective != "ntxent-joint"
+
     def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
         return ascend_contrast(
             context.embed,
@@ -58,4 +63,6 @@ class ContrastivePGDOnline:
             rel_step=self.rel_step,
             start=self.start,
             rng=context.rng,
+            gather=context.gather,
+            first=context.first,
         )

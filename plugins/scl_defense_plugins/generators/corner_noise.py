@@ -16,6 +16,7 @@ class CornerNoise:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    by_row: ClassVar[bool] = True
 
     views: Annotated[int, Field(ge=1, le=8, description="adversarial views, around views 0, 1, 0, 1, ...")] = 1
 

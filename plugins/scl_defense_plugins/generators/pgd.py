@@ -1,7 +1,7 @@
 """PGD on the classifier in training."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ class PGD:
     gradient vanishes at x (TRADES, Zhang et al. 2019); ``margin`` max_{j != y} logit_j - logit_y (Carlini & Wagner
     2017). ``steps=1`` is FGSM-RS: a step of 1.25 eps from a uniform start.
     """
+
+    by_row: ClassVar[bool] = True
 
     loss: Annotated[Literal["ce", "kl", "margin"], Field(description="loss to be maximised")] = "ce"
     steps: Annotated[int, Field(ge=1, le=10_000, description="gradient steps")] = 10

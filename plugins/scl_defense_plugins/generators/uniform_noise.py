@@ -13,6 +13,7 @@ class UniformNoise:
     """A uniform point of the ball around each view: a method that does not beat it has learnt nothing."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    by_row: ClassVar[bool] = True
 
     views: Annotated[int, Field(ge=1, le=8, description="adversarial views, around views 0, 1, 0, 1, ...")] = 1
 

@@ -20,6 +20,7 @@ class CrossEntropy:
     """
 
     views: ClassVar[int] = 1
+    by_row: ClassVar[bool] = True
     head: ClassVar[str] = "joint"
 
     ce_clean: Annotated[

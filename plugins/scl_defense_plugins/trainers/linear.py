@@ -21,6 +21,7 @@ class Linear:
     """
 
     views: ClassVar[int] = 1
+    by_row: ClassVar[bool] = True
     frozen_encoder: ClassVar[bool] = True
 
     head: Annotated[

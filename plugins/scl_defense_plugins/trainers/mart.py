@@ -23,6 +23,7 @@ class MART:
     """
 
     views: ClassVar[int] = 1
+    by_row: ClassVar[bool] = True
     head: ClassVar[str] = "joint"
     usual: ClassVar[tuple[str, dict[str, Any]]] = ("pgd", {"start": "gaussian"})
 

@@ -53,6 +53,7 @@ class MultiView:
     """
 
     views: ClassVar[int] = 2
+    by_row: ClassVar[bool] = True
 
     contrast: Annotated[Weight, Field(description="weight of the contrastive loss")] = 1.0
     temperature: Temperature = 0.1

@@ -21,6 +21,7 @@ class TRADES:
     """
 
     views: ClassVar[int] = 1
+    by_row: ClassVar[bool] = True
     head: ClassVar[str] = "joint"
     usual: ClassVar[tuple[str, dict[str, Any]]] = ("pgd", {"loss": "kl"})
 

@@ -41,6 +41,16 @@ class Sound(Base):
 
 
 @component
+class SoundByRow(Base):
+    """Noise that a process makes for its own images."""
+
+    by_row: ClassVar[bool] = True
+
+    def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
+        return noise(batch, context)
+
+
+@component
 class SoundNothing(Base):
     """No view at all."""
 
@@ -254,7 +264,29 @@ class StepsTooShort(Base):
         return ascend(loss, view, context.threat, steps=self.steps, rel_step=0.05, start="zero", rng=context.rng)[None]
 
 
-SOUND = [Sound, SoundNothing, SoundByNature, SoundOnline, SoundManyViews, SoundSaved]
+@component
+class LooksAtNeighbours(Base):
+    """Moves every image towards the mean of those that happen to be there."""
+
+    by_row: ClassVar[bool] = True
+
+    def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
+        view = batch.views[0]
+        return context.threat.project(view, view.mean(0).expand_as(view))[None]
+
+
+@component
+class DrawsForTheBatch(Base):
+    """One direction for all images, taken from the first row of the draws."""
+
+    by_row: ClassVar[bool] = True
+
+    def __call__(self, batch: GeneratorBatch, context: Context) -> Tensor:
+        noise = torch.randn(batch.views[0].shape, generator=context.rng)
+        return context.threat.project(batch.views[0], batch.views[0] + noise[:1].sign())[None]
+
+
+SOUND = [Sound, SoundByRow, SoundNothing, SoundByNature, SoundOnline, SoundManyViews, SoundSaved]
 
 CASES = [
     Case(KIND, LeavesBall, "inside-ball", "left the ball"),
@@ -267,6 +299,8 @@ CASES = [
     Case(KIND, Attached, "detached", "attached to a graph"),
     Case(KIND, LeastPerturbation, "eps-zero-is-identity", "moved a pixel by 0.0039"),
     Case(KIND, DividesByContrast, "constant-images", "on images that are 0 everywhere"),
+    Case(KIND, LooksAtNeighbours, "by-row", "changes with the others"),
+    Case(KIND, DrawsForTheBatch, "by-row", "changes with the others"),
     Case(KIND, NeedsTwoViews, "one-view", "IndexError"),
     Case(KIND, NeedsNeighbours, "one-image", "ValueError: bad batch"),
     Case(KIND, PretendsToAttack, "beats-corner-noise", "where random corner noise reaches"),

@@ -46,18 +46,18 @@ class RowsOf(TorchFunctionMode):
 
     start, stop: the part's rows of ``whole``. Covers torch's ``rand``, ``randn``, ``randint``, their ``_like`` forms
     and the methods that fill a tensor; what a library draws from NumPy, or for a part of the part, is its own (see
-    :func:`image_by_image`).
+    :func:`image_by_image`). rng: only draws from this generator are such draws (default: all of them).
     """
 
-    def __init__(self, start: int, stop: int, whole: int):
+    def __init__(self, start: int, stop: int, whole: int, rng: torch.Generator | None = None):
         super().__init__()
-        self.rows, self.count, self.whole = slice(start, stop), stop - start, whole
+        self.rows, self.count, self.whole, self.rng = slice(start, stop), stop - start, whole, rng
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(_state, "alone", False):
+        if getattr(_state, "alone", False) or (self.rng is not None and kwargs.get("generator") is not self.rng):
             return func(*args, **kwargs)
         if func in _SIZED:
             size = kwargs.pop("size", None) or (args[0] if args and not isinstance(args[0], int) else args)
