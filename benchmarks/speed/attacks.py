@@ -1,25 +1,27 @@
 """Part (a): the attacks, ours beside the peers', with the verified robust accuracy beside each time.
 
 Ours is the command: :func:`scl_defense.benchmark` on the network and the images, with all that it does (frozen twin,
-fooled images skipped, carry-over, workers, judging). A peer's time is its attack and one forward pass over what it made.
+fooled images skipped, carry-over, workers, judging). A peer's time is its attack and a forward pass over what it made.
 Everybody attacks the same rightly classified images with the same steps; every example is checked in float32 on the
 original network by :func:`scl_defense_benchmarks.verdicts.judge`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
+from scl_defense_benchmarks.results import BROKEN
+from scl_defense_benchmarks.statistics import paired_by_image
+from scl_defense_benchmarks.verdicts import judge
 from torch import Tensor
 
 from scl_defense import benchmark
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.threat import ThreatModel
-from scl_defense_benchmarks.results import BROKEN
-from scl_defense_benchmarks.statistics import paired_by_image
-from scl_defense_benchmarks.verdicts import judge
 from speed.floor import cost, passes
 from speed.networks import RECIPES, Case, Recipe, case
 from speed.rivals import Rival, Task, offering
@@ -114,7 +116,7 @@ def _floors(one: Case, options: Options) -> tuple[dict[str, dict[str, float]], l
     found = interleaved(calls, repeats=max(3, options.repeats), warm=True)
     units: dict[str, dict[str, float]] = {}
     rows = []
-    for (place, what), (name, timing) in zip(names, found.items(), strict=True):
+    for (place, what), timing in zip(names, found.values(), strict=True):
         if timing.ok:
             units.setdefault(place, {})[what] = (timing.median or 0.0) / _FLOOR_STEPS / len(images)
         about = {"case": one.name, "floor": place, "pass": what, "images": len(images), "steps": _FLOOR_STEPS}
@@ -125,8 +127,6 @@ def _floors(one: Case, options: Options) -> tuple[dict[str, dict[str, float]], l
 def _group(
     one: Case, task: Task, n: int, seconds: float, options: Options, units: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
-    from time import perf_counter
-
     images, labels = one.first(n)
     balls = task.balls(one.recipe.eps, one.recipe.l2)
     rivals = {kind.name: _Lazy(kind, one) for kind in offering(task)}
@@ -172,10 +172,8 @@ class _Lazy:
         return self.kind.most.get(task.name.partition("-")[0], 10**9)
 
     def prepare(self) -> None:
-        try:
+        with contextlib.suppress(NotInstalled):
             self()
-        except NotInstalled:
-            pass
 
     def __call__(self) -> Rival:
         if self.made is None:
@@ -183,9 +181,7 @@ class _Lazy:
         return self.made
 
 
-def _ours(
-    one: Case, task: Task, images: Tensor, labels: Tensor, balls: Sequence[ThreatModel], precision: str
-) -> Any:
+def _ours(one: Case, task: Task, images: Tensor, labels: Tensor, balls: Sequence[ThreatModel], precision: str) -> Any:
     ball = balls[0]
     return benchmark(
         one.network,
@@ -207,9 +203,12 @@ def _outcomes(
     if not timing.ok:
         return []
     if name.startswith("ours"):
-        cases = {(found.norm, float(ThreatModel(found.norm, found.eps).radius)): found for found in timing.value.worst_cases}
+        cases = {
+            (found.norm, float(ThreatModel(found.norm, found.eps).radius)): found for found in timing.value.worst_cases
+        }
         return [
-            "".join("0" if code == BROKEN else "1" for code in cases[(ball.norm, ball.radius)].outcomes) for ball in balls
+            "".join("0" if code == BROKEN else "1" for code in cases[(ball.norm, ball.radius)].outcomes)
+            for ball in balls
         ]
     texts = []
     with torch.no_grad():
@@ -225,7 +224,10 @@ def _outcomes(
 
 def _accuracy(texts: list[str]) -> dict[str, Any]:
     each = [text.count("1") / len(text) for text in texts]
-    return {"robust": round(sum(each) / len(each), 4), **({"robust_by_ball": [round(x, 4) for x in each]} if len(each) > 1 else {})}
+    return {
+        "robust": round(sum(each) / len(each), 4),
+        **({"robust_by_ball": [round(x, 4) for x in each]} if len(each) > 1 else {}),
+    }
 
 
 def _paired(ours: list[str], theirs: list[str], few: int) -> list[float] | None:
@@ -255,5 +257,9 @@ def _shares(timing: Timing, n: int, units: dict[str, dict[str, float]]) -> dict[
 def shrunk(task: Task, **fewer: Any) -> Task:
     """A task with fewer steps, for tests; our battery is told too."""
     task = replace(task, **fewer)
-    ours = task.ours.replace("autoattack", f"autoattack:steps={task.steps}:targets={task.targets}:queries={task.queries}")
-    return replace(task, ours=ours.replace("apgd-ce", f"apgd-ce:steps={task.steps}") if task.name == "apgd-100" else ours)
+    ours = task.ours.replace(
+        "autoattack", f"autoattack:steps={task.steps}:targets={task.targets}:queries={task.queries}"
+    )
+    return replace(
+        task, ours=ours.replace("apgd-ce", f"apgd-ce:steps={task.steps}") if task.name == "apgd-100" else ours
+    )

@@ -1,4 +1,4 @@
-"""The least that passes can cost here: nothing but forward and input-gradient passes, measured beside what is judged."""
+"""The least that passes can cost here: nothing but forward and input-gradient passes."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scl_defense_benchmarks.twin import Twin, twin_of
 from torch import Tensor, nn
 
 from scl_defense.guard import frozen
 from scl_defense.runtime import autocast
-from scl_defense_benchmarks.twin import Twin, twin_of
 
 Precision = Literal["fp32", "bf16"]
 #: ``loop``: one batch after the other on the plain network. ``side by side``: on folded, channels-last copies, a batch
@@ -19,9 +19,16 @@ Kind = Literal["loop", "side by side"]
 
 
 def passes(
-    network: nn.Module, images: Tensor, labels: Tensor, *, steps: int, precision: Precision, kind: Kind, gradient: bool = True,
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    precision: Precision,
+    kind: Kind,
+    gradient: bool = True,
     batch: int = 128,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     """A call that passes every image ``steps`` times, forward and (gradient) back to the image, parameters frozen."""
     threads = torch.get_num_threads() if kind == "side by side" else 1
     size = min(batch, -(-len(images) // threads))

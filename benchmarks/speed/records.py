@@ -73,7 +73,9 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
             if content["part"] != part or not isinstance(content["rows"], list):
                 raise ValueError("it holds another part")
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{path}' is no result of this command ({error}); take it away or name another --out") from None
+            raise UserError(
+                f"'{path}' is no result of this command ({error}); take it away or name another --out"
+            ) from None
         found[part] = content
     return found
 

@@ -15,11 +15,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from scl_defense_benchmarks.library_guard import without_logging_setup
 from torch import Tensor, nn
 
 from scl_defense.guard import global_random_state
 from scl_defense.threat import ThreatModel
-from scl_defense_benchmarks.library_guard import without_logging_setup
 from speed.timing import NotInstalled
 
 BATCH = 128  # images at a time; SPEED of every library is best between 64 and 256
@@ -62,7 +62,7 @@ def imported(module: str, distribution: str) -> ModuleType:
 
 
 class Rival:
-    """A library's view of a network. A subclass has a method for every task that it offers, named as the task's kind."""
+    """A library's view of a network. It has a method for every task that it offers, named as the task's kind."""
 
     name = ""
     #: kind of task -> the most images it is given; what is slow by a factor of ten is timed on fewer.
@@ -86,9 +86,7 @@ class Rival:
         return made
 
     def pgd(self, task: Task, images: Tensor, labels: Tensor, balls: Sequence[ThreatModel]) -> Examples:
-        return [
-            [batched(self.once(task, ball.radius), images, labels) for _ in range(task.restarts)] for ball in balls
-        ]
+        return [[batched(self.once(task, ball.radius), images, labels) for _ in range(task.restarts)] for ball in balls]
 
     curve = pgd
 
@@ -184,9 +182,7 @@ class AdvLib(Rival):
     def cw(self, task: Task, images: Tensor, labels: Tensor, balls: Sequence[ThreatModel]) -> Examples:
         settings = {"learning_rate": 0.02, "initial_const": 1.0, "binary_search_steps": 1}
         call = self.library.carlini_wagner_l2
-        return [
-            [batched(lambda x, y: call(self.network, x, y, max_iterations=task.steps, **settings), images, labels)]
-        ]
+        return [[batched(lambda x, y: call(self.network, x, y, max_iterations=task.steps, **settings), images, labels)]]
 
 
 class ART(Rival):

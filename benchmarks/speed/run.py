@@ -1,6 +1,6 @@
 """Every comparison of speed, side by side with the peers, in one command.
 
-    python benchmarks/speed/run.py [--only attacks,steps,losses,augment,startup] [--quick] [--out DIR]
+python benchmarks/speed/run.py [--only attacks,steps,losses,augment,startup] [--quick] [--out DIR]
 """
 
 import sys

@@ -15,7 +15,7 @@ class NotInstalled(Exception):
 
 @dataclass
 class Timing:
-    """seconds: one number a round. value: what the call returned the first time. status: ``ok``, or why there is none."""
+    """seconds: a number a round. value: what the call returned first. status: ``ok``, or why there is none."""
 
     seconds: list[float] = field(default_factory=list)
     value: Any = None
