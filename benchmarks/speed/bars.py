@@ -127,7 +127,7 @@ def bars() -> Iterator[Bar]:
         )
 
 
-def _find(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+def _find(rows: Sequence[Mapping[str, Any]], /, **wanted: Any) -> list[Mapping[str, Any]]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from scl_defense.checkpoint import atomic_write_bytes
 from scl_defense.errors import UserError
 from speed.bars import Verdict, verdicts
+from speed.precision import families
 
 Content = Mapping[str, Any]
 
@@ -176,15 +177,34 @@ def _bars(found: Sequence[Verdict]) -> str:
 
 
 def _precision(content: Content) -> str:
+    """Either file of precision.py: bfloat16 alone against float32, and where it is there the command's three choices."""
+    paired = content.get("lines") or content["bf16_alone_against_fp32"]
+    found = content.get("families") or families(paired)
     lines = [
-        [name, f"{one['points_less_in_bf16']:+.2f} [{one['interval'][0]:+.2f}, {one['interval'][1]:+.2f}]",
-         str(one["images"]), _number(one["time_ratio"]), "yes" if one["enough"] else "no"]
-        for name, one in content["families"].items()
-    ]  # fmt: skip
-    networks = ", ".join(dict.fromkeys(line["network"] for line in content["lines"]))
-    seeds = len({line["seed"] for line in content["lines"]})
-    head = ["attack", "points less in bf16, 95 %", "images", "time over fp32", "enough for auto"]
-    return f"{networks}; {seeds} seeds; {content['machine']}.\n\n{table(head, lines)}"
+        [
+            name,
+            f"{one['points_less_in_bf16']:+.2f} [{one['interval'][0]:+.2f}, {one['interval'][1]:+.2f}]",
+            str(one["images"]),
+            _number(one["time_ratio"]),
+            "yes" if one["enough"] else "no",
+        ]
+        for name, one in found.items()
+    ]
+    networks = ", ".join(dict.fromkeys(line["network"] for line in paired))
+    text = f"bfloat16 alone against float32: {networks}; {len({line['seed'] for line in paired})} networks of each.\n\n"
+    text += table(["attack", "points less, 95 %", "images", "time over fp32", "within the limits"], lines)
+    asked: dict[tuple[str, str], list[Content]] = {}
+    for row in content.get("rows", ()):
+        asked.setdefault((row["attack"], row["asked"]), []).append(row)
+    if asked:
+        text += "\n\nWhat the command found with each choice, the mean over the same networks:\n\n"
+        cells = (
+            [attack, choice, rows[0]["ran"], f"{sum(r['robust_accuracy'] for r in rows) / len(rows):.4f}",
+             _number(sum(r["seconds"] for r in rows))]
+            for (attack, choice), rows in asked.items()
+        )  # fmt: skip
+        text += table(["attack", "asked", "ran in", "robust accuracy", "seconds"], cells)
+    return text
 
 
 _PARTS: dict[str, Callable[[Sequence[Content]], str]] = {

@@ -77,9 +77,19 @@ def _root() -> Path:
 def _checkpoints(folder: Path, options: Options) -> dict[str, Callable[[], Any]]:
     host = default_host()
     made = train(
-        data="digits", trainer="cross-entropy", generator="none", model="resnet18",
-        model_options={"width": options.width}, limit=32, val_limit=16, batch_size=32, epochs=1, host=host, out=str(folder), name="saved",
-    )  # fmt: skip
+        data="digits",
+        trainer="cross-entropy",
+        generator="none",
+        model="resnet18",
+        model_options={"width": options.width},
+        limit=32,
+        val_limit=16,
+        batch_size=32,
+        epochs=1,
+        host=host,
+        out=str(folder),
+        name="saved",
+    )
     content, _ = checkpoint.read(made.best)
     content = {name: value for name, value in content.items() if name != "format"}
     size = made.best.stat().st_size
