@@ -89,7 +89,7 @@ def main() -> None:
         "versions": versions(),
         "settings": {key: value for key, value in vars(given).items() if key not in ("data_root", "runs", "out")},
         "lines": found,
-        "families": _families(found),
+        "families": families(found),
     }
     atomic_write_bytes(Path(given.out), (json.dumps(result, indent=1) + "\n").encode())
     print(json.dumps(result["families"], indent=1))
@@ -120,7 +120,7 @@ def _paired(rows):
     }
 
 
-def _families(lines):
+def families(lines):
     """Per attack: how much less bfloat16 finds, in points of robust accuracy, over all networks and seeds."""
     families = {}
     for label in dict.fromkeys(line["attack"] for line in lines):
