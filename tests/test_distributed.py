@@ -173,8 +173,8 @@ def test_benchmark_under_torchrun_gives_the_same_verdicts(tmp_path):
     """Of every image, with every attack, in a cascade too; one file, and nothing said twice."""
     from scl_defense_benchmarks.results import without_times
 
-    quick = {"limit": 200, "epochs": 1, "val_limit": 20, "val_steps": 1, "model_options": {"width": 4}}
-    done = train(out=str(tmp_path), generator="pgd", **quick)
+    quick = {"limit": 600, "epochs": 4, "batch_size": 30, "val_limit": 20, "val_steps": 1}
+    done = train(out=str(tmp_path), trainer="cross-entropy", generator="none", model_options={"width": 4}, **quick)
     command = ["benchmark", done.best, "--attacks", "fgsm,pgd:steps=3:restarts=2,torchattacks:cw:steps=5",
                "--mode", "cascade", "--eps", "0.05,0.15", "--n", "330", "--probes", "none", "--no-report"]  # fmt: skip
     examples = [tmp_path / f"{number}.safetensors" for number in (1, 2)]
@@ -189,7 +189,8 @@ def test_benchmark_under_torchrun_gives_the_same_verdicts(tmp_path):
     for differs in ("command", "workers", "threads"):
         one.pop(differs), two.pop(differs)
     assert one == two
-    assert sum(one["attacks"][1]["outcomes"]) > 0
+    assert one["clean_correct"] > 128  # there is more than one chunk to share out
+    assert {1, 2} <= set(one["attacks"][0]["outcomes"])
     assert examples[0].read_bytes() == examples[1].read_bytes()
     assert not list(tmp_path.glob("*.state"))
 
