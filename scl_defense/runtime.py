@@ -240,7 +240,7 @@ class Ranks:
     def _who_is_missing(self, said: str) -> str:
         """Whom we waited for in vain: whoever is left writes his name down, and lets go of those who wait for him."""
         absent: list[int] = []
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), stop_on_signal():  # torchrun ends those who are left: not before we know
             store = _store()
             store.set(f"here/{self.rank}", "")
             _tear_down()
@@ -455,3 +455,9 @@ def one_speaker() -> Iterator[bool]:
                 store.set("said", "")
             else:
                 store.wait(["said"], timedelta(seconds=ECHO))
+
+
+def hear_out() -> None:
+    """Wait until another process has said why all end: when the first one leaves, torchrun ends the others."""
+    with contextlib.suppress(Exception):
+        _store().wait(["said"], timedelta(seconds=ECHO))
