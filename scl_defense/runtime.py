@@ -149,6 +149,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
 OK, NOT_FINITE, NO_MEMORY, FAILED = range(4)  # kinds of trouble, the graver the higher
 PATIENCE = 60.0  # seconds that a process is waited for; SCL_DEFENSE_RANK_TIMEOUT is another number
 LONG = 7 * 86400.0  # where processes may rightly be far apart: a download, an attack
+HEARING = 15.0  # seconds in which another process is heard out before this one leaves
 T = TypeVar("T")
 
 
@@ -240,7 +241,7 @@ class Ranks:
     def _who_is_missing(self, said: str) -> str:
         """Whom we waited for in vain: whoever is left writes his name down, and lets go of those who wait for him."""
         absent: list[int] = []
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), stop_on_signal():  # torchrun ends those who are left: not before we know
             store = _store()
             store.set(f"here/{self.rank}", "")
             _tear_down()
@@ -454,4 +455,10 @@ def one_speaker() -> Iterator[bool]:
             if mine:
                 store.set("said", "")
             else:
-                store.wait(["said"], timedelta(seconds=ECHO))
+                store.wait(["said"], timedelta(seconds=HEARING))
+
+
+def hear_out() -> None:
+    """Wait until another process has said why all end: when the first one leaves, torchrun ends the others."""
+    with contextlib.suppress(Exception):
+        _store().wait(["said"], timedelta(seconds=HEARING))

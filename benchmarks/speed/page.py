@@ -177,7 +177,7 @@ def _bars(found: Sequence[Verdict]) -> str:
 
 
 def _precision(content: Content) -> str:
-    """Either file of precision.py: bfloat16 alone against float32, and where it is there the command's three choices."""
+    """Either file of precision.py: bfloat16 alone against float32, and the command with its three choices."""
     paired = content.get("lines") or content["bf16_alone_against_fp32"]
     found = content.get("families") or families(paired)
     lines = [

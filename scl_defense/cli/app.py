@@ -119,6 +119,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
         return _fail("stopped", 143 if terminated else 130, debug)
     except PeerFailed as error:  # it is said where it happened
+        from scl_defense.runtime import hear_out
+
+        hear_out()
         return error.exit_code
     except SclDefenseError as error:
         return _fail(" ".join(str(error).split()), error.exit_code, debug)

@@ -8,10 +8,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from speed import attacks, augmentation, bars, losses, networks, rivals, startup, steps  # noqa: E402
-from speed.timing import NotInstalled  # noqa: E402
+from speed import attacks, augmentation, bars, losses, networks, rivals, startup, steps
+from speed.timing import NotInstalled
 
-from scl_defense.plugins import default_host  # noqa: E402
+from scl_defense.plugins import default_host
 
 SHORT = {
     "pgd-10": attacks.Task("pgd-10", "native:pgd:steps=2", steps=2),
