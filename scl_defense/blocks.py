@@ -6,6 +6,7 @@ A block of similarities is made, summed and dropped; the backward pass makes it 
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def class_sums(z: Tensor, group: Tensor, classes: int) -> Tensor:
 class _LogSumExpOthers(torch.autograd.Function):
     """With E_ij = exp(s_ij) off the diagonal, symmetric, S = its row sums and a = gradient / S::
 
-        value = log S,    d value / d z = (E * (a_i + a_j)) z / temperature
+    value = log S,    d value / d z = (E * (a_i + a_j)) z / temperature
     """
 
     @staticmethod
@@ -118,7 +119,7 @@ class _ClassSums(torch.autograd.Function):
             rows, group, sums = z[order], group[order], []
             edges = torch.arange(0, classes + CLASSES, CLASSES, device=group.device).clamp(max=classes)
             places = torch.searchsorted(group, edges).tolist()
-            for number, (begin, end) in enumerate(zip(places, places[1:], strict=False)):
+            for number, (begin, end) in enumerate(pairwise(places)):
                 first = number * CLASSES
                 few = _indicator(group[begin:end] - first, min(CLASSES, classes - first), z)
                 sums.append(few.T @ rows[begin:end])

@@ -1,4 +1,8 @@
-"""The contrastive losses, each with its equation. Inputs need not be normalised; log-sum-exp runs in float32."""
+"""The contrastive losses, each with its equation. Inputs need not be normalised; log-sum-exp runs in float32.
+
+:func:`supcon`, :func:`ntxent` and a large :func:`infonce` run in blocks (:mod:`scl_defense.blocks`): their memory is
+linear in the rows, and they have first derivatives only.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +16,8 @@ from scl_defense.blocks import class_sums, logsumexp_all, logsumexp_others
 
 # F.normalize's default 1e-12 gives a gradient of 1e12 at an all-zero vector.
 NORM_FLOOR = 1e-6
+# Up to so many rows one-sided InfoNCE is faster with all its scores in one matrix.
+FEW = 256
 
 
 def unit(embed: Tensor) -> Tensor:
@@ -90,7 +96,10 @@ def infonce(embed: Tensor, references: Tensor, temperature: float = 0.5, *, excl
     """
     if len(embed) < 2:
         raise ValueError("infonce needs at least two images: with one there is no negative and no gradient")
-    scores = _products(unit(embed), unit(references)) / temperature
+    z, r = unit(embed), unit(references)
+    if exclude is None and len(z) > FEW:
+        return logsumexp_all(z, r, temperature) - (z * r).sum(1) / temperature
+    scores = _products(z, r) / temperature
     own = scores.diagonal()
     if exclude is not None:
         scores = scores.masked_fill(
@@ -168,8 +177,10 @@ def multiview(
     if len(rows) * count < 2:
         return views.sum() * 0
     plain = not (contrast.anchors or contrast.weights or contrast.stop or contrast.beta or contrast.tau_plus)
-    if plain and contrast.select == "all":
-        return supcon(embed, identity, contrast.temperature)  # the same without R x R masks
+    if plain and contrast.select == "all":  # the same without R x R masks
+        if contrast.positives == "instance" and len(rows) > 1:
+            return ntxent(views[taking_part], contrast.temperature)
+        return supcon(embed, identity, contrast.temperature)
     z = unit(embed)
     similarity = _products(z, z)
     if contrast.stop:
