@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scl_defense.ascent import ascend
 from scl_defense.data import Split
+from scl_defense.folding import Folding
 from scl_defense.guard import frozen
 from scl_defense.models import Network
 from scl_defense.threat import ThreatModel
@@ -63,8 +64,12 @@ def accuracy(
     steps: int,
     rng: torch.Generator,
     batch_size: int = 512,
+    folding: Folding | None = None,
 ) -> tuple[float, float]:
-    """Clean accuracy, and the share still right after PGD on the cross-entropy (``steps`` steps, random start)."""
+    """Clean accuracy, and the share still right after PGD on the cross-entropy (``steps`` steps, random start).
+
+    folding: batch norms that the attack passes need not compute; what is right is decided by the network as it is.
+    """
     right = survived = 0
     with frozen(network):
         for part in _parts(len(split), batch_size):
@@ -79,7 +84,8 @@ def accuracy(
             def loss(adversarial: Tensor, labels: Tensor = labels) -> Tensor:
                 return F.cross_entropy(network(adversarial), labels, reduction="none")
 
-            adversarial = ascend(loss, images, threat, steps=steps, rng=rng)
+            with (folding or Folding()).folded(network):
+                adversarial = ascend(loss, images, threat, steps=steps, rng=rng)
             with torch.no_grad():
                 survived += int((network(adversarial).argmax(1) == labels).sum())
     return right / len(split), survived / len(split)

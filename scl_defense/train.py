@@ -24,6 +24,7 @@ from scl_defense.compose import make_generator
 from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config, with_generator
 from scl_defense.data import Augment, open_data
 from scl_defense.errors import ComponentError, Interrupted, SclDefenseError, UserError
+from scl_defense.folding import plan
 from scl_defense.generation import generate, saved_encoder
 from scl_defense.guard import global_random_state
 from scl_defense.models import Network, Twin, to_channels_last
@@ -156,7 +157,9 @@ class Run:
         encoder = model(self.data.image_shape)
         self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.mean, self.std)
         self.network.to(self.device)
-        to_channels_last(self.network, self.train_split.float_images(slice(0, 8)))
+        sample = self.train_split.float_images(slice(0, 8))
+        to_channels_last(self.network, sample)
+        self.folding = plan(self.network, sample[:4], Network.features)
         self.frozen_encoder = bool(getattr(self.trainer, "frozen_encoder", False))
         if self.frozen_encoder:
             self.network.requires_grad_(False)
@@ -395,8 +398,9 @@ class Run:
 
         precision = self.config.precision
         return generate(
-            self.generator, batch, context, network=self.network, encoder=encoder, precision=precision, saved=saved
-        )
+            self.generator, batch, context, network=self.network, encoder=encoder, precision=precision,
+            folding=self.folding, saved=saved,
+        )  # fmt: skip
 
     def finish_epoch(self, run_dir: Path, log: logs.RunLog) -> dict[str, Any]:
         """Validate, keep the best checkpoint (see :meth:`is_better`), log the epoch, save the last checkpoint.
@@ -414,6 +418,7 @@ class Run:
             self.threat,
             steps=self.config.val_steps,
             rng=stream(self.config.seed, "val", epoch),
+            folding=self.folding,
         )
         record = {name: value / (self.steps - progress.skipped_now) for name, value in progress.sums.items()}
         better = self.is_better(clean, robust)
