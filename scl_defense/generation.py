@@ -1,6 +1,7 @@
 """Calling a generator: it gets what it declared and nothing else, and what it returns is checked on every batch."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from scl_defense.checkpoint import load_classifier
 from scl_defense.errors import ComponentError, SclDefenseError, UserError
+from scl_defense.folding import Folding
 from scl_defense.guard import frozen
 from scl_defense.models import Network
 from scl_defense.plugins import PluginHost
@@ -25,12 +27,14 @@ def generate(
     network: Network | None,
     encoder: Network | None = None,
     precision: str = "fp32",
+    folding: Folding | None = None,
     saved: Callable[[str], nn.Module] | None = None,
 ) -> Tensor:
     """(A, N, C, H, W) adversarial views of ``batch``, detached.
 
     ``network`` (or its averaged twin ``encoder``, for ``embed``) is frozen and in eval mode meanwhile and comes back
-    unchanged; ``precision`` is that of its passes, what a generator computes by itself stays float32. ``saved``: path
+    unchanged; ``precision`` is that of its passes, what a generator computes by itself stays float32. ``folding``: the
+    batch norms that meanwhile go into the convolutions before them, the same function in fewer passes. ``saved``: path
     -> the frozen encoder of a checkpoint (default: :func:`saved_encoder` with the plugins of this process). With
     ``needs`` empty no network is handed over: *model-free* is what this function does, not what a component claims.
     Raises :class:`ComponentError` when an undeclared thing is used or the output breaks the contract.
@@ -49,7 +53,10 @@ def generate(
     if "checkpoint" in needs:
         granted["checkpoint"] = _opener(saved, context, precision)
     context = replace(context, granted={need: granted[need] for need in needs})
-    with frozen(*lent):
+    with ExitStack() as stack:
+        stack.enter_context(frozen(*lent))
+        for part in {id(part): part for part in lent}.values():
+            stack.enter_context((folding or Folding()).folded(part, precision))
         return call(generator, with_labels_hidden(batch), context)
 
 

@@ -1,4 +1,8 @@
-"""The contrastive losses, each with its equation. Inputs need not be normalised; log-sum-exp runs in float32."""
+"""The contrastive losses, each with its equation. Inputs need not be normalised; log-sum-exp runs in float32.
+
+:func:`supcon`, :func:`ntxent` and a large :func:`infonce` run in blocks (:mod:`scl_defense.blocks`): their memory is
+linear in the rows, and they have first derivatives only.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scl_defense.blocks import class_sums, logsumexp_all, logsumexp_others
+
 # F.normalize's default 1e-12 gives a gradient of 1e12 at an all-zero vector.
 NORM_FLOOR = 1e-6
+# Up to so many rows one-sided InfoNCE is faster with all its scores in one matrix.
+FEW = 256
 
 
 def unit(embed: Tensor) -> Tensor:
@@ -31,16 +39,17 @@ def supcon(embed: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     embed: (R, D) all views stacked; labels: (R,) integers, a view's label repeated; temperature > 0. Returns a scalar.
     """
     _check_rows(embed, labels)
+    if len(embed) < 2:
+        return embed.sum() * 0
     z = unit(embed)
-    similarity = _products(z, z) / temperature
-    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
-    # The mean over positives needs no R x R mask: it is z_i . (sum of z over the class - z_i) / (count - 1).
-    _, group = labels.unique(return_inverse=True)
-    member = F.one_hot(group).to(z.dtype)  # a product with it is deterministic on every device, index_add is not
-    sums = _products(member.T, z.T)
-    positives = member.sum(0)[group] - 1
-    attraction = ((z * sums[group]).sum(1) - z.square().sum(1)) / positives.clamp(min=1) / temperature
-    return _mean_of(similarity.logsumexp(1) - attraction, positives > 0)
+    _, group, size = labels.unique(return_inverse=True, return_counts=True)
+    # The sum over positives needs no pairs: over the anchors of a class it is |sum of z|^2 - sum of |z|^2.
+    pull = torch.where(size > 1, 1 / (size - 1).to(z.dtype), 0)
+    sums = class_sums(z, group, len(size))
+    attraction = (sums.square().sum(1) * pull).sum() - (z.square().sum(1) * pull[group]).sum()
+    anchors = size[group] > 1
+    total = torch.where(anchors, logsumexp_others(z, temperature), 0).sum() - attraction / temperature
+    return total / anchors.sum().clamp(min=1)
 
 
 def ntxent(views: Tensor, temperature: float = 0.5) -> Tensor:
@@ -51,8 +60,10 @@ def ntxent(views: Tensor, temperature: float = 0.5) -> Tensor:
     """
     if views.dim() != 3 or views.shape[0] < 2:
         raise ValueError(f"ntxent needs embeddings (V, N, D) of at least two views, not {tuple(views.shape)}")
-    identity = torch.arange(views.shape[1], device=views.device).repeat(views.shape[0])
-    return supcon(views.flatten(0, 1), identity, temperature)
+    count, z = len(views), unit(views)
+    attraction = (z.sum(0).square().sum() - z.square().sum()) / (count - 1)
+    rows = z.flatten(0, 1)
+    return (logsumexp_others(rows, temperature).sum() - attraction / temperature) / len(rows)
 
 
 def margin(embed: Tensor, labels: Tensor, gap: float = 1.0) -> Tensor:
@@ -88,7 +99,10 @@ def infonce(
     """
     if len(references) < 2:
         raise ValueError("infonce needs at least two images: with one there is no negative and no gradient")
-    scores = _products(unit(embed), unit(references)) / temperature
+    z, r = unit(embed), unit(references)
+    if exclude is None and len(z) > FEW:
+        return logsumexp_all(z, r, temperature) - (z * r[first : first + len(z)]).sum(1) / temperature
+    scores = _products(z, r) / temperature
     own = scores.diagonal(first)
     if exclude is not None:
         pairs = torch.ones_like(scores, dtype=torch.bool)
@@ -166,8 +180,10 @@ def multiview(
     if len(rows) * count < 2:
         return views.sum() * 0
     plain = not (contrast.anchors or contrast.weights or contrast.stop or contrast.beta or contrast.tau_plus)
-    if plain and contrast.select == "all":
-        return supcon(embed, identity, contrast.temperature)  # the same without R x R masks
+    if plain and contrast.select == "all":  # the same without R x R masks
+        if contrast.positives == "instance" and len(rows) > 1:
+            return ntxent(views[taking_part], contrast.temperature)
+        return supcon(embed, identity, contrast.temperature)
     z = unit(embed)
     similarity = _products(z, z)
     if contrast.stop:

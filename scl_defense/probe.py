@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scl_defense.ascent import ascend
 from scl_defense.data import Split
+from scl_defense.folding import Folding
 from scl_defense.guard import frozen
 from scl_defense.models import Network
 from scl_defense.runtime import ranks
@@ -66,10 +67,12 @@ def accuracy(
     steps: int,
     rng: torch.Generator,
     batch_size: int = 512,
+    folding: Folding | None = None,
 ) -> tuple[float, float]:
     """Clean accuracy, and the share still right after PGD on the cross-entropy (``steps`` steps, random start).
 
     Several processes share out the images of every batch; what is drawn for an image is what one process would draw.
+    folding: batch norms that the attack passes need not compute; what is right is decided by the network as it is.
     """
     everybody, right, survived = ranks(), 0, 0
     with frozen(network):
@@ -89,7 +92,8 @@ def accuracy(
             def loss(adversarial: Tensor, labels: Tensor = labels) -> Tensor:
                 return F.cross_entropy(network(adversarial), labels, reduction="none")
 
-            with everybody.lockstep(slice(before, before + len(images)), count, rng):
+            shared = everybody.lockstep(slice(before, before + len(images)), count, rng)
+            with shared, (folding or Folding()).folded(network):
                 adversarial = ascend(loss, images, threat, steps=steps, rng=rng)
             if len(images):
                 with torch.no_grad():

@@ -25,6 +25,7 @@ from scl_defense.compose import make_generator
 from scl_defense.config import TrainConfig, as_dict, make, to_toml, train_config, with_generator
 from scl_defense.data import Augment, open_data
 from scl_defense.errors import ComponentError, Interrupted, PeerFailed, SclDefenseError, UserError
+from scl_defense.folding import plan
 from scl_defense.generation import generate, saved_encoder
 from scl_defense.guard import global_random_state
 from scl_defense.models import Network, Twin, to_channels_last
@@ -180,7 +181,9 @@ class Run:
         encoder = model(self.data.image_shape)
         self.network: Network = self.trainer.build(encoder, self.data.num_classes, self.mean, self.std)
         self.network.to(self.device)
-        to_channels_last(self.network, self.train_split.float_images(slice(0, 8)))
+        sample = self.train_split.float_images(slice(0, 8))
+        to_channels_last(self.network, sample)
+        self.folding = plan(self.network, sample[:4], Network.features)
         with_shared_norms(self.network, config.sync_bn)
         self.ranks.as_first([*self.network.parameters(), *self.network.buffers()])
         self.by_row = {
@@ -471,7 +474,7 @@ class Run:
                     stack.enter_context(passes_shared(network, piece, by_row=False, training=False))
             return generate(
                 self.generator, piece.given, context, network=self.network, encoder=encoder,
-                precision=self.config.precision, saved=saved,
+                precision=self.config.precision, folding=self.folding, saved=saved,
             )  # fmt: skip
 
     def whole_views(self, piece: Piece, adversarial: Tensor) -> Tensor:
@@ -495,6 +498,7 @@ class Run:
             self.threat,
             steps=self.config.val_steps,
             rng=stream(self.config.seed, "val", epoch),
+            folding=self.folding,
         )
         record = {name: value / (self.steps - progress.skipped_now) for name, value in progress.sums.items()}
         better = self.is_better(clean, robust)

@@ -5,13 +5,12 @@ float32, on the original network.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from scl_defense.folding import agree, fold_batch_norms
 from scl_defense_benchmarks.battery import PlannedAttack
 
 Precision = Literal["fp32", "bf16"]
@@ -25,10 +24,6 @@ CHECKED = 64
 #: measured to find within 0.2 points of what float32 finds (benchmarks/results/precision-mnist). Of all others, which
 #: lose up to 1.2 points in bfloat16, nothing is run in it unless it is asked for.
 BF16_ENOUGH: frozenset[str] = frozenset({"pgd", "fgsm"})
-
-# Twin and original may differ by so much of the largest logit: reordered float32 sums, no other function.
-_SAME = 1e-4
-
 
 class Twin(nn.Module):
     """A copy of ``network``: eval mode, frozen weights, batch norm folded into the convolution before, channels-last.
@@ -98,10 +93,10 @@ def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32") -
         try:
             expected = network(sample)
             changed = copy.deepcopy(plain)
-            _fold_batch_norms(changed, sample)
+            fold_batch_norms(changed, sample)
             changed = changed.to(memory_format=torch.channels_last)
             found = Twin(changed, "fp32")(sample)
-            if _agree(found, expected):
+            if agree(found, expected):
                 return Twin(changed, precision)
         except Exception:  # a stranger's network: what cannot be rebuilt is attacked as it is
             pass
@@ -115,79 +110,6 @@ def bf16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    if not isinstance(expected, Tensor) or found.shape != expected.shape:
-        return False
-    scale = expected.abs().amax().clamp(min=1e-6)
-    return bool(((found - expected).abs() <= _SAME * scale).all())
-
-
 def _always_training(network: nn.Module) -> bool:
     """A network that stays in train mode whatever it is told draws or counts in forward: nothing may be rearranged."""
     return any(module.training for module in network.modules())
-
-
-def _fold_batch_norms(network: nn.Module, sample: Tensor) -> None:
-    """Fold every batch norm that reads a convolution's output, both called once, into it; in place.
-
-    What reads what is seen in one forward pass. Where folding changes the logits, because a convolution's output is
-    read elsewhere too, the pairs are tried one by one and those that change them are left as they are.
-    """
-    pairs, few = _pairs(network, sample[:2]), sample[:8]
-    expected = network(few)
-    undo = [_fold(network, *pair) for pair in pairs]
-    if _agree(network(few), expected):
-        return
-    for back in reversed(undo):
-        back()
-    for pair in pairs:
-        back = _fold(network, *pair)
-        if not _agree(network(few), expected):
-            back()
-
-
-def _pairs(network: nn.Module, sample: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    calls: dict[nn.Module, int] = {}
-    made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}
-    found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        if type(module) is nn.Conv2d:
-            made_by[id(output)] = (module, output)  # kept alive, so that its id stays its own
-        elif inputs and id(inputs[0]) in made_by:
-            found.append((made_by[id(inputs[0])][0], module))
-
-    parts = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)]
-    hooked = {part for part in parts if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks}
-    handles = [module.register_forward_hook(note) for module in parts]
-    try:
-        network(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        (convolution, norm)
-        for convolution, norm in found
-        if norm.running_mean is not None
-        and norm.running_var is not None
-        and not {convolution, norm} & hooked
-        and calls[convolution] == calls[norm] == 1
-    ]
-
-
-def _fold(network: nn.Module, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Callable[[], None]:
-    """Fold one pair in place; the result takes it back."""
-    name = next(name for name, module in network.named_modules() if module is norm)
-    parent, _, last = name.rpartition(".")
-    before = convolution.weight, convolution.bias
-    convolution.weight, convolution.bias = fuse_conv_bn_weights(
-        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    setattr(network.get_submodule(parent), last, nn.Identity())
-
-    def back() -> None:
-        convolution.weight, convolution.bias = before
-        setattr(network.get_submodule(parent), last, norm)
-
-    return back
