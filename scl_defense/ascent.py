@@ -178,7 +178,7 @@ def ascend_contrast(
     if objective not in get_args(Contrastive):
         raise UserError(f"objective '{objective}' is unknown; it must be one of {', '.join(get_args(Contrastive))}")
     check_negatives(objective, negatives)
-    if objective != "align" and len(gather(views.new_zeros(views.shape[1]))) < 2:
+    if objective != "align" and views.shape[1] < 2:
         raise UserError("contrastive PGD needs at least 2 images a batch: with one there is no negative, no gradient")
     if objective == "align" and start == "zero" and len(views) == 1:
         raise UserError("objective=align has no gradient at a view against itself; use start=uniform, or two views")

@@ -11,6 +11,8 @@ from scl_defense.errors import ComponentError, UserError
 
 # Below this many pixels a side a crop of 20 % of the area is a few pixels that show no object any more.
 SMALL_SIDE = 16
+# So many images at a time are recoloured on a processor: what is made on the way stays in its cache.
+IN_CACHE = 64
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,29 @@ class Augment:
         return resized_crop(images, torch.stack([across, down, width, height], dim=1), mirrored)
 
     def _recoloured(self, images: Tensor, u: Tensor) -> Tensor:
-        brightness, contrast, saturation = (1 + 0.4 * self.strength * (2 * u[:, k] - 1) for k in (6, 7, 8))
+        if images.device.type != "cpu":
+            return self._jittered(images, u)
+        parts = zip(images.split(IN_CACHE), u.split(IN_CACHE), strict=True)
+        return torch.cat([self._jittered(*part) for part in parts])
+
+    def _jittered(self, images: Tensor, u: Tensor) -> Tensor:
+        # Who is left out gets factors that change nothing: cheaper than choosing between two results.
+        reach = torch.where(u[:, 5] < 0.8, 0.4 * self.strength, 0.0).to(images)
+        brightness, contrast, saturation = (1 + reach * (2 * u[:, k] - 1) for k in (6, 7, 8))
         grey = images.shape[1] == 1
-        new = (images * brightness).clamp(0, 1)
+        new = (images * brightness).clamp_(0, 1)
         mean = (new if grey else luminance(new)).mean(dim=(1, 2, 3), keepdim=True)
-        new = torch.lerp(mean, new, contrast).clamp(0, 1)
-        if not grey:
-            new = torch.lerp(luminance(new), new, saturation).clamp(0, 1)
-            new = hue_shifted(new, 0.1 * self.strength * (2 * u[:, 9] - 1))
-        new = torch.where(u[:, 5] < 0.8, new, images)
-        return new if grey else torch.where(u[:, 10] < 0.2 * self.strength, luminance(new), new)
+        new = _towards(mean, new, contrast).clamp_(0, 1)
+        if grey:
+            return new
+        new = _towards(luminance(new), new, saturation).clamp_(0, 1)
+        new = hue_shifted(new, reach / 4 * (2 * u[:, 9] - 1))
+        return _towards(luminance(new), new, (u[:, 10] >= 0.2 * self.strength).to(new))
+
+
+def _towards(origin: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    """torch.lerp into ``images``; with a weight an image two products are several times as fast."""
+    return images.mul_(weight).add_(origin * (1 - weight))
 
 
 def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
@@ -106,13 +121,13 @@ def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
     none = torch.zeros_like(width)
     theta = torch.stack([torch.where(mirrored, -width, width), none, across, none, height, down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, "bilinear", padding_mode="border", align_corners=False).clamp(0, 1)
+    return F.grid_sample(images, grid, "bilinear", padding_mode="border", align_corners=False).clamp_(0, 1)
 
 
 def luminance(images: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, 1, H, W), weights of ITU-R BT.601."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+    red, green, blue = images.split(1, dim=1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def hue_shifted(images: Tensor, turns: Tensor) -> Tensor:
@@ -120,13 +135,14 @@ def hue_shifted(images: Tensor, turns: Tensor) -> Tensor:
     value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low
     red, green, blue = images.split(1, dim=1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    hue = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    # HSV to RGB in closed form: f(n) = v - c * max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, for n = 5, 3, 1.
-    offset = torch.tensor([5.0, 3.0, 1.0], dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    k = torch.remainder(offset + hue + 6 * turns, 6)
-    return (value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
+    slope = chroma.clamp(min=1e-12).reciprocal_()  # without chroma all differences below are 0
+    hue = (red - green).mul_(slope).add_(4)
+    hue = torch.where(value == green, (blue - red).mul_(slope).add_(2), hue)
+    hue = torch.where(value == red, (green - blue).mul_(slope), hue)
+    hue = hue.add_(6 * turns).remainder_(6)
+    # HSV to RGB in closed form: low + chroma * share; red is full around 0, green around 2, blue around 4.
+    out = torch.empty_like(images)
+    for channel, (centre, sign, height) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        share = (hue - centre).abs_().mul_(sign).add_(height).clamp_(0, 1)
+        torch.addcmul(low, chroma, share, out=out[:, channel : channel + 1])
+    return out.clamp_(0, 1)

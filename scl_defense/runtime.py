@@ -166,6 +166,7 @@ class Ranks:
         self.in_step = False
         self._group: Any = None  # gloo: for meetings, also where the data go by nccl
         self._patience = PATIENCE
+        self._lost = False  # one of them has gone: there is nobody to meet any more
 
     @property
     def leads(self) -> bool:
@@ -214,7 +215,7 @@ class Ranks:
 
     def trouble(self, code: int) -> int:
         """Say that this process is in trouble; the gravest of what all say."""
-        return code if self.world == 1 else self._meet(code, 0, min(self._patience, PATIENCE))[0]
+        return code if self.world == 1 or self._lost else self._meet(code, 0, min(self._patience, PATIENCE))[0]
 
     def _meet(self, code: int, value: int, patience: float | None) -> tuple[int, int]:
         from torch import distributed as dist
@@ -241,6 +242,7 @@ class Ranks:
     def _who_is_missing(self, said: str) -> str:
         """Whom we waited for in vain: whoever is left writes his name down, and lets go of those who wait for him."""
         absent: list[int] = []
+        self._lost = True
         with contextlib.suppress(Exception), stop_on_signal():  # torchrun ends those who are left: not before we know
             store = _store()
             store.set(f"here/{self.rank}", "")
