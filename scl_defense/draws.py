@@ -18,6 +18,7 @@ _FILLING = {
     Tensor.exponential_,
     torch.nn.init.uniform_,
 }
+_DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm}
 
 _state = threading.local()
 
@@ -75,8 +76,10 @@ class RowsOf(TorchFunctionMode):
             like = {"dtype": args[0].dtype, "device": args[0].device}
             kwargs.pop("memory_format", None)
             return self._drawn(_ALIKE[func], (), tuple(args[0].shape), like | kwargs)
-        if func in _FILLING and self._matches(args[0].shape):
-            target = args[0]
+        if func in _FILLING:
+            target = args[0] if args else kwargs.pop("tensor")  # torch.nn.init names it
+            if not self._matches(target.shape):
+                return func(target, *args[1:], **kwargs)
             whole = torch.empty(self.whole, *target.shape[1:], dtype=target.dtype, device=target.device)
             func(whole, *args[1:], **kwargs)
             return target.copy_(whole[self.rows])
@@ -90,3 +93,39 @@ class RowsOf(TorchFunctionMode):
             return func(*before, size, **kwargs)
         gradient = kwargs.pop("requires_grad", False)
         return func(*before, (self.whole, *size[1:]), **kwargs)[self.rows].clone().requires_grad_(gradient)
+
+
+class OwnDraws(TorchFunctionMode):
+    """Inside, and in this thread alone, what torch draws comes from generators of its own instead of the global ones.
+
+    The numbers are those of ``torch.manual_seed(seed)``: a generator on every device that something is drawn on, seeded
+    alike. What a library draws from NumPy or Python, or seeds by itself, is not covered.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed, self.generators = seed, dict[torch.device, torch.Generator]()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("generator") is None:
+            if func in _ALIKE:
+                made = torch.empty_like(
+                    args[0], **{name: value for name, value in kwargs.items() if name != "generator"}
+                )
+                fill = Tensor.uniform_ if func is torch.rand_like else Tensor.normal_
+                return fill(made, generator=self._of(made.device))
+            if func in _FILLING:
+                target = args[0] if args else kwargs["tensor"]  # torch.nn.init names it
+                return func(*args, **{**kwargs, "generator": self._of(target.device)})
+            if func in _DRAWING:
+                return func(*args, **{**kwargs, "generator": self._of(kwargs.get("device") or "cpu")})
+        return func(*args, **kwargs)
+
+    def _of(self, device: torch.device | str) -> torch.Generator:
+        device = torch.device(device)
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from scl_defense_benchmarks import diagnostics, results
 from scl_defense_benchmarks.battery import PlannedAttack
 from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
-from scl_defense_benchmarks.library_guard import seeded_globals
+from scl_defense_benchmarks.library_guard import seeded_globals, side_by_side, worker
 from scl_defense_benchmarks.loans import Loan, Passes
 from scl_defense_benchmarks.results import AttackRow, WorstCase
 from scl_defense_benchmarks.state import State
 from scl_defense_benchmarks.statistics import wilson
-from scl_defense_benchmarks.twin import CHECKED, Choice, precision_of, rounds
+from scl_defense_benchmarks.twin import CHECKED, Choice, Twin, precision_of, rounds, twin_of
 from scl_defense_benchmarks.verdicts import check_returned, judge
 
 #: Called before an attack and after every chunk with the attack's label, images done, images in all.
@@ -45,6 +46,11 @@ class Target:
     labels: Tensor
     correct: Tensor
     repeatable: bool = False
+
+    @cached_property
+    def twin(self) -> Twin:
+        """What every attack works on a copy of (see :class:`scl_defense_benchmarks.loans.Loan`): checked once."""
+        return twin_of(self.network, self.images[:CHECKED])
 
 
 @dataclass
@@ -271,7 +277,7 @@ class _Crew:
 
     def __init__(self, target: Target, workers: int):
         self.target = target
-        self.loans = [Loan(target.network, target.images[:CHECKED]) for _ in range(workers)]
+        self.loans = [Loan(target.twin) for _ in range(workers)]
 
     def __enter__(self) -> "_Crew":
         return self
@@ -294,12 +300,12 @@ class _Crew:
 
         def on_worker(loan: Loan, chunk: int, places: Tensor) -> tuple[dict[str, Any], Tensor]:
             torch.set_num_threads(max(1, threads // len(wave)))
-            with torch.no_grad():
+            with torch.no_grad(), worker():
                 return one(loan, chunk, places, False)
 
         began = time.perf_counter()
         try:
-            with ThreadPoolExecutor(len(wave)) as pool:
+            with side_by_side(), ThreadPoolExecutor(len(wave)) as pool:
                 started = [pool.submit(on_worker, loan, *it) for loan, it in zip(self.loans, wave, strict=False)]
                 found = [future.result() for future in started]
         finally:
@@ -347,10 +353,7 @@ def _attack_chunk(
         given, truth = images[rows.to(device)], labels[rows.to(device)]
         with _seeded(derive_seed(seed, "judge", *counters), alone):
             verdict = judge(target.network, given, truth, returned, threat, minimal=minimal)
-            predicted = torch.full((len(rows),), -1)
-            if bool(verdict.fooled.any()):
-                labels_now = decide(logits_of(target.network, verdict.examples[verdict.fooled]))
-                predicted[verdict.fooled.cpu()] = labels_now.cpu()
+            predicted = torch.where(verdict.fooled, verdict.predicted, -1).cpu()
             if precision != "fp32" and not bool(verdict.fooled.all()):
                 # What fools the twin alone has stopped the attack too early: once more in float32.
                 spared = ~verdict.fooled

@@ -38,6 +38,7 @@ class AutoAttack:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "autoattack"
+    parallel: ClassVar[bool] = True
 
     def stages(self, classes: int) -> dict[str, Stage]:
         """The stages for a network of so many classes, by name."""

@@ -11,6 +11,7 @@ import io
 import logging
 import logging.config
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
@@ -20,6 +21,9 @@ import torch
 from torch import nn
 
 from scl_defense.guard import frozen, global_random_state
+from scl_defense_benchmarks.draws import OwnDraws
+
+_here = threading.local()
 
 
 @contextmanager
@@ -30,10 +34,34 @@ def library_call(*modules: nn.Module, rng: torch.Generator) -> Iterator[None]:
     torch, NumPy and Python are seeded from one draw of ``rng``, and what is printed goes nowhere. After: train/eval
     flag of every module, buffers, ``requires_grad`` and ``.grad`` of every parameter, the global generators and the
     settings of all loggers are what they were.
+
+    In a worker of :func:`side_by_side` nothing that all threads share is touched: torch's draws come from a generator
+    of this thread (see :class:`scl_defense_benchmarks.draws.OwnDraws`), and are the same numbers.
     """
     seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
+    if getattr(_here, "beside", False):
+        with frozen(*modules), OwnDraws(seed), torch.enable_grad():
+            yield
+        return
     with frozen(*modules), seeded_globals(seed), torch.enable_grad(), _silence(), _logging_kept():
         yield
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Around threads that call libraries at the same time: what all of them share is lent and taken back once."""
+    with global_random_state(), _silence(), _logging_kept():
+        yield
+
+
+@contextmanager
+def worker() -> Iterator[None]:
+    """In such a thread: :func:`library_call` leaves alone what all threads share."""
+    _here.beside = True
+    try:
+        yield
+    finally:
+        _here.beside = False
 
 
 @contextmanager

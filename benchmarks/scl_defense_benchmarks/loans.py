@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scl_defense_benchmarks.forward import logits_of
-from scl_defense_benchmarks.twin import Precision, Twin, twin_of
+from scl_defense_benchmarks.twin import Precision, Twin, again
 
 
 @dataclass
@@ -30,16 +30,16 @@ class Loan:
     """What one attack works on, and nobody else: the judged network is never in an attack's hands; hooks, modules and
     weights that it leaves behind are its own. Twins are made when first asked for; passes through all are counted.
 
-    sample: images (N, C, H, W) that a twin is compared with the network on.
+    first: the twin that those in an attack's hands are copies of; nobody passes or changes it.
     """
 
-    def __init__(self, network: nn.Module, sample: Tensor):
-        self._network, self._sample, self.passes = network, sample, Passes()
+    def __init__(self, first: Twin):
+        self._first, self.passes = first, Passes()
         self._twins: dict[Precision, tuple[Twin, list[Tensor], list[Any]]] = {}
 
     def twin(self, precision: Precision) -> Twin:
         if precision not in self._twins:
-            made = twin_of(self._network, self._sample, precision)
+            made = again(self._first, precision)
             kept = [parameter.detach().clone() for parameter in made.parameters()]
             self._twins[precision] = made, kept, _watch_passes(made, self.passes)
         return self._twins[precision][0]

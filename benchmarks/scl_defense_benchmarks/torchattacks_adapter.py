@@ -16,6 +16,7 @@ What the library does otherwise than its attacks' names say, and what is done ab
 - OnePixel and Pixle ask whether a softmax probability has fallen, which one of exactly 1 never does: it is softened.
 - TIFGSM smooths three channels and no other number; DIFGSM and TIFGSM resize to squares; Pixle mixes up the sides of
   other images: they are refused images that they cannot work on. Pixle knows three channels: a grey image gets them.
+- What is ``parallel`` draws from torch alone, in its own thread, and seeds nothing by itself.
 - EADL1 and EADEN return images outside [0, 1] and AutoAttack is another sequence: neither is used.
 """
 
@@ -76,6 +77,7 @@ class FGSM:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "fgsm"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -102,6 +104,7 @@ class PGD:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "pgd"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -140,6 +143,7 @@ class CW:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "cw"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -180,6 +184,7 @@ class MIFGSM:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "mifgsm"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -209,6 +214,7 @@ class DeepFool:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "deepfool"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -417,6 +423,7 @@ class APGDCE:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "apgd"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -467,6 +474,7 @@ class APGDDLR:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "apgd"
+    parallel: ClassVar[bool] = True
     min_classes: ClassVar[int] = 3
 
     def __call__(
@@ -494,6 +502,7 @@ class APGDT:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "apgd"
+    parallel: ClassVar[bool] = True
     min_classes: ClassVar[int] = 4
 
     def __call__(
@@ -627,6 +636,7 @@ class FAB:
     access: ClassVar[Literal["white-box"]] = "white-box"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "fab"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -729,6 +739,7 @@ class Square:
     access: ClassVar[Literal["score"]] = "score"
     library: ClassVar[str] = "torchattacks"
     family: ClassVar[str] = "square"
+    parallel: ClassVar[bool] = True
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator

@@ -103,6 +103,11 @@ def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32") -
     return Twin(plain, precision)
 
 
+def again(twin: Twin, precision: Precision) -> Twin:
+    """Another twin of the same network, which shares nothing with ``twin`` and need not be checked again."""
+    return Twin(copy.deepcopy(twin.network), precision)
+
+
 def bf16_pays(device: torch.device) -> bool:
     """Whether this machine multiplies bfloat16 faster than float32."""
     if device.type == "cuda":

@@ -31,7 +31,8 @@ class Verdict:
     """One attack's examples after our check; every field is per attacked image, (M,).
 
     examples: (M, C, H, W) what was judged: inside the box, and inside the ball unless the attack is minimal.
-    fooled: our own forward pass gives another label. distance: float64, in the attack's norm. moved: a real attempt.
+    predicted: the label that our own forward pass gives; fooled: it is another one. distance: float64, in the attack's
+    norm. moved: a real attempt.
     """
 
     examples: Tensor
@@ -41,6 +42,7 @@ class Verdict:
     outside_box: Tensor
     outside_ball: Tensor
     nonfinite: Tensor
+    predicted: Tensor
 
 
 def judge(
@@ -59,13 +61,15 @@ def judge(
     boxed = into_box(images, usable)
     examples = boxed if minimal else torch.where(outside_ball.view(-1, 1, 1, 1), threat.project(images, usable), boxed)
     distance = threat.distance(images, examples)
+    predicted = decide(logits_of(network, examples))
     still = STILL_MINIMAL if minimal else STILL * threat.radius
     return Verdict(
         examples=examples,
-        fooled=finite & (decide(logits_of(network, examples)) != labels),
+        fooled=finite & (predicted != labels),
         distance=distance,
         moved=finite & (distance >= still),
         outside_box=outside_box,
         outside_ball=outside_ball,
         nonfinite=~finite,
+        predicted=predicted,
     )

@@ -1,13 +1,18 @@
 """The twin that attacks run on: the same function, cheaper; and what is done with what it says."""
 
 import dataclasses
+import random
+import sys
+from contextlib import nullcontext
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from planted_attacks import LINF, Brightness, Planted, first_pixel, run
 from scl_defense_benchmarks import native, twin
 from scl_defense_benchmarks.battery import Plan, PlannedAttack, plan_attacks
+from scl_defense_benchmarks.draws import OwnDraws, RowsOf
 from scl_defense_benchmarks.evaluate import evaluate
 from scl_defense_benchmarks.loans import Loan
 from scl_defense_benchmarks.results import TIMES
@@ -115,7 +120,7 @@ def test_bfloat16_answers_in_float32_and_is_a_little_off():
 
 def test_what_an_attack_writes_into_its_twin_is_seen():
     network, images = grown(default_host()["model"].get("small-cnn")(width=4)((1, 8, 8)), (1, 8, 8))
-    loan = Loan(network, images)
+    loan = Loan(twin_of(network, images))
     made = loan.twin("fp32")
     made(images)
     assert not loan.changed() and loan.passes.forwards == len(images)
@@ -240,6 +245,86 @@ def test_workers_reach_no_number(network, digits, host, monkeypatch):
     assert torch.get_num_threads() == before[0] and torch.equal(torch.random.get_rng_state(), before[1])
     with pytest.raises(UserError, match="workers is 0"):
         told(0)
+
+
+LIBRARY = (
+    "fgsm", "pgd:steps=2", "mifgsm:steps=2", "cw:c=1:steps=5:eps=0.5", "deepfool:steps=2:eps=0.5", "apgd-ce:steps=4",
+    "apgd-dlr:steps=4", "fab-t:steps=2:targets=2", "autoattack:steps=3:targets=2:queries=8", "pgd-l2:steps=2:eps=0.5",
+    "square:queries=8:norm=l2:eps=0.5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [128, 5])
+def test_a_library_that_draws_gives_the_same_numbers_side_by_side(network, digits, host, monkeypatch, batch_size):
+    """Each thread has generators of its own, with the numbers of the global ones; what is printed stays swallowed."""
+    monkeypatch.setattr("scl_defense_benchmarks.attempt.CHUNK", 8)
+    images, labels = digits[0][1400:1428], digits[1][1400:1428]
+    plan = plan_attacks(LIBRARY, host=host, threat=LINF, classes=10)
+    assert all(one.attack.parallel for one in plan.attacks) and len(plan.attacks) == len(LIBRARY)
+    before, stdout = (torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()), sys.stdout
+    alone, beside = (
+        evaluate(network, images, labels, plan, seed=1, workers=workers, batch_size=batch_size) for workers in (1, 3)
+    )
+    for one, other in zip(alone.attacks, beside.attacks, strict=True):
+        assert one.status != "failed", one.note
+        for name in ("status", "outcomes", "distances", "predictions", "queries", "backwards"):
+            assert getattr(one, name) == getattr(other, name), (one.label, name)
+    assert sum(row.broken for row in alone.attacks) > 20
+    assert sys.stdout is stdout and torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+
+
+def test_own_draws_are_those_of_the_global_generator():
+    """Everything that :class:`OwnDraws` knows, in one order, inside parts of a chunk too; the global one stays put."""
+
+    def draw():
+        image = torch.zeros(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+        return [
+            torch.rand(4, 3), torch.randn((4, 3, 5, 5)), torch.randint(10, (4, 2)), torch.randperm(9),
+            torch.rand_like(image), torch.randn_like(image), torch.empty_like(image).uniform_(-1, 1),
+            torch.zeros(4).normal_(), torch.zeros(4, 2).bernoulli_(0.5), torch.zeros(4).exponential_(),
+            torch.zeros(4, dtype=torch.int64).random_(5), torch.nn.init.uniform_(torch.zeros(4, 2)),
+        ]  # fmt: skip
+
+    for part in (nullcontext, lambda: RowsOf(2, 6, 9)):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            with part():
+                wanted = draw()
+            torch.manual_seed(6)
+            state = torch.random.get_rng_state()
+            with part(), OwnDraws(5):
+                found = draw()
+            assert torch.equal(torch.random.get_rng_state(), state)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_twin_is_checked_once_for_a_whole_battery(network, digits, host, monkeypatch):
+    """A copy of it for every attack and worker, which no attack shares with another."""
+    made, lent = [], []
+
+    def making(*given):
+        made.append(twin_of(*given))
+        return made[-1]
+
+    monkeypatch.setattr("scl_defense_benchmarks.attempt.twin_of", making)
+
+    @dataclasses.dataclass(frozen=True)
+    class Spoils(native.PGD):
+        def __call__(self, classifier, *given):
+            lent.append(classifier)
+            returned = super().__call__(classifier, *given)
+            next(classifier.parameters()).zero_()
+            return returned
+
+    images, labels = digits[0][1400:1440], digits[1][1400:1440]
+    attacks = [Spoils(steps=2), native.PGD(steps=2), Spoils(steps=3)]
+    plan = Plan(LINF, tuple(PlannedAttack(f"a{k}", "it", attack, LINF) for k, attack in enumerate(attacks)))
+    rows = evaluate(network, images, labels, plan, seed=1).attacks
+    assert len(made) == 1 and len({id(one) for one in lent}) == 2 and made[0] not in lent
+    assert [row.status for row in rows] == ["failed", "ok", "failed"]
+    alone = evaluate(network, images, labels, Plan(LINF, plan.attacks[1:2]), seed=1).attacks[0]
+    assert rows[1].outcomes == alone.outcomes and rows[1].distances == alone.distances
 
 
 def test_a_network_that_draws_is_attacked_by_one_worker_and_never_stopped_early(monkeypatch):
