@@ -114,6 +114,9 @@ class TrainConfig:
     precision: Annotated[Literal["fp32", "bf16"], Field(description="precision of the network's passes")] = "fp32"
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
     seed: Annotated[int, Field(ge=0, le=2**62, description="seed of every random stream")] = 0
+    deterministic: Annotated[
+        bool, Field(description="same seed, same weights bit by bit on CUDA too, slower (on the CPU it is so anyway)")
+    ] = False
     logger: Annotated[tuple[str, ...], Field(description="where training records go")] = ("jsonl",)
     out: Annotated[str, Field(description="folder of the runs")] = "runs"
     name: Annotated[

@@ -36,6 +36,7 @@ from scl_defense.runtime import (
     StopRequest,
     autocast,
     derive_seed,
+    deterministic,
     out_of_memory,
     repeatable,
     select_device,
@@ -101,7 +102,7 @@ def train(
         config = train_config(options)
     elif options:
         raise UserError("give either a TrainConfig or keywords, not both")
-    with global_random_state(), repeatable(config.precision):
+    with global_random_state(), repeatable(config.precision), deterministic(config.deterministic):
         run = Run(config, host, on_event or (lambda event: None))
         if state is not None:
             runstate.restore(run, state)

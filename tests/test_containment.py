@@ -190,7 +190,7 @@ def test_a_hook_that_answers_with_another_type_is_named(what, site, tmp_path, bo
         """
     (tmp_path / "x.pt").write_bytes(b"not ours")
     host = site.install("wrong", source).host()
-    with pytest.raises(ComponentError, match="load_checkpoint.*not a LoadedClassifier"):
+    with pytest.raises(ComponentError, match=r"load_checkpoint of plugin 'wrong' .*not a LoadedClassifier"):
         load_classifier(tmp_path / "x.pt", host=host)
     book("bad plugins")
 

@@ -1,12 +1,13 @@
 """Mutation testing with cosmic-ray: ``python tests/reliability/mutate.py [MODULE...]``, settings in ``mutation.toml``.
 
 cosmic-ray makes the mutants, in a copy of the working tree, and asks a test command about each. That command asks a
-warm interpreter, which has torch imported already and forks: first the tests that run the changed lines, the fastest
-first, then, if they pass, all tests of the module. Totals and survivors go to ``mutants.json``; the tests hold every
-survivor to an explanation in ``mutants.md``.
+warm interpreter, which has torch imported already and forks: the tests that run the changed lines, the fastest first;
+all tests of the module where the lines run at import or in a fixture. Totals and survivors go to ``mutants.json``; the
+tests hold every survivor to an explanation in ``mutants.md``.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -92,14 +94,14 @@ def serve(place, module, tests):
     recorded, taken = coverage.CoverageData(str(data)), json.loads(times.path.read_text())
     recorded.read()
     (measured,) = [path for path in recorded.measured_files() if path.endswith(module)]
-    by_line = {
-        line: {context.partition("|")[0] for context in contexts} & taken.keys()
-        for line, contexts in recorded.contexts_by_lineno(measured).items()
-    }
+    by_line = recorded.contexts_by_lineno(measured)
 
     def of(lines):
-        wanted = set().union(*(by_line.get(line, ()) for line in lines))
-        return sorted(wanted, key=taken.get)
+        """The tests to ask. What runs at import ("") or in a fixture may be noticed by any test."""
+        contexts = set().union(*(by_line.get(line, ()) for line in lines))
+        if contexts and all(context.endswith("|run") for context in contexts):
+            return sorted({context.removesuffix("|run") for context in contexts} & taken.keys(), key=taken.get)
+        return tests
 
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(place)
@@ -116,11 +118,7 @@ def serve(place, module, tests):
             def gone(connection=connection):
                 return bool(select.select([connection], [], [], 0.02)[0])  # it says nothing: it hung up
 
-            chosen, code = of(lines), 0
-            if chosen and len(chosen) < len(taken):
-                code = pytest_in_a_fork([*OPTIONS, *chosen], gone=gone)
-            if code == 0:
-                code = pytest_in_a_fork([*OPTIONS, *tests], gone=gone)
+            code = pytest_in_a_fork([*OPTIONS, *of(lines)], gone=gone)
             connection.send(bytes([1 if code else 0]))
 
 
@@ -147,26 +145,27 @@ def key_of(item):
     return spec.start_pos, spec.end_pos, spec.operator_name, str(spec.operator_args), spec.occurrence
 
 
-def mutate(module, tests, folder, said):
+def mutate(module, tests, folder, said, minutes):
     from cosmic_ray.work_db import use_db
 
     tool = str(Path(sys.executable).with_name("cosmic-ray"))
-    place, session = str(folder / "ask"), folder / "session.sqlite"
-    for old in (Path(place), session):
-        old.unlink(missing_ok=True)
+    place, session = str(folder / "ask"), folder / f"{Path(module).stem}.sqlite"
+    Path(place).unlink(missing_ok=True)
     command = f"{sys.executable} tests/reliability/mutate.py --ask {place}"
     (folder / "config.toml").write_text(
         f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = {float(said["timeout"])}\nexcluded-modules = []\n'
         f'test-command = "{command}"\n[cosmic-ray.distributor]\nname = "local"\n'
     )
-    subprocess.run([tool, "init", "config.toml", str(session)], cwd=folder, check=True)
-    without = re.compile("|".join(said["without"]))
-    with use_db(str(session)) as work:
-        every = [one for one in work.work_items if not without.search(one.mutations[0].operator_name)]
-        every.sort(key=key_of)
-        sample = random.Random(f"{said['seed']} {module}").sample(every, min(said["sample"], len(every)))
-        work.clear()
-        work.add_work_items(sorted(sample, key=key_of))
+    without, known = re.compile("|".join(said["without"])), folder / f"{Path(module).stem}.total"
+    if not session.exists():
+        subprocess.run([tool, "init", "config.toml", str(session)], cwd=folder, check=True)
+        with use_db(str(session)) as work:
+            every = [one for one in work.work_items if not without.search(one.mutations[0].operator_name)]
+            every.sort(key=key_of)
+            sample = random.Random(f"{said['seed']} {module}").sample(every, min(said["sample"], len(every)))
+            work.clear()
+            work.add_work_items(sorted(sample, key=key_of))
+        known.write_text(str(len(every)))
     first = os.pathsep.join(str(folder / part) for part in (".", "plugins", "benchmarks"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": first}
     server = subprocess.Popen([sys.executable, "tests/reliability/mutate.py", "--serve", place, module, *tests],
@@ -174,17 +173,29 @@ def mutate(module, tests, folder, said):
     try:
         if server.stdout.readline().strip() != "ready":
             sys.exit(f"{module}: no answer of its tests")
-        subprocess.run([tool, "exec", "config.toml", str(session)], cwd=folder, env=environment, check=True)
+        # cosmic-ray takes them in random order: what is done when the time is over is a random sample too.
+        line = [tool, "exec", "config.toml", str(session)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(line, cwd=folder, env=environment, check=True, timeout=minutes and 60 * minutes)
     finally:
         server.kill()
         server.wait()
+        shutil.copy2(ROOT / module, folder / module)
+    return counted(module, folder, said)
+
+
+def counted(module, folder, said):
+    """What the session in this folder knows by now."""
+    from cosmic_ray.work_db import use_db
+
+    without, session = re.compile("|".join(said["without"])), folder / f"{Path(module).stem}.sqlite"
     with use_db(str(session)) as work:
-        done = work.completed_work_items
+        done = [pair for pair in work.completed_work_items if not without.search(pair[0].mutations[0].operator_name)]
     lives = [(item, result) for item, result in done if result.test_outcome.value == "survived"]
     bad = [result.output for _, result in done if result.test_outcome.value == "incompetent"]
     assert not bad, bad[0]
     return {
-        "mutants": len(every),
+        "mutants": int(session.with_suffix(".total").read_text()),
         "tried": len(done),
         "killed": len(done) - len(lives),
         "survivors": [described(item, result) for item, result in sorted(lives, key=lambda pair: key_of(pair[0]))],
@@ -206,7 +217,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="only these, by name: threat losses")
     parser.add_argument("--sample", type=int, help="mutants a module, instead of what mutation.toml says; 0: all")
-    parser.add_argument("--work", type=Path, help="folder of the copy, instead of a new temporary one")
+    parser.add_argument("--minutes", type=float, help="the most a module may take; default: no limit")
+    parser.add_argument("--work", type=Path, help="folder of the copy; given again, it goes on where it stopped")
+    parser.add_argument("--count", action="store_true", help="run nothing: count what --work holds already")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     said = parser.parse_args()
@@ -221,10 +234,12 @@ def main():
         wanted["sample"] = said.sample or sys.maxsize
     folder = said.work or Path(tempfile.mkdtemp(prefix="mutants-"))
     folder.mkdir(parents=True, exist_ok=True)
-    copied(folder)
+    if not said.count:
+        copied(folder)
     for module, tests in wanted["modules"].items():
         if not said.modules or Path(module).stem in said.modules:
-            found = mutate(module, tests, folder, wanted)
+            done = counted if said.count else partial(mutate, tests=tests, minutes=said.minutes)
+            found = done(module, folder=folder, said=wanted)
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             RESULTS.write_text(json.dumps(known | {module: found}, indent=1, ensure_ascii=False) + "\n")
             print(f"{module}: {found['killed']} of {found['tried']} killed, of {found['mutants']} in all", flush=True)

@@ -311,10 +311,14 @@ def test_readers_of_texts_quickly(name):
 
 # -- the full run: at least 100 000 inputs, other ones each time
 
-SHARE = {"image folder": 600, "study": 2_500, "checkpoint as a network": 2_500, "checkpoint to resume": 2_500,
-         "idx images": 2_500, "idx labels": 2_500, "recipe values": 2_500, "attack list": 8_000,
-         "generator": 8_000}  # fmt: skip  # the slow ones; all others:
-USUAL = 5_000
+SHARE = {
+    **dict.fromkeys(["eps", "threat", "options", "time", "seeds", "normalisation"], 9_000),
+    **dict.fromkeys(["attack list", "generator"], 5_000),
+    **dict.fromkeys(["study", "checkpoint as a network", "checkpoint to resume", "foreign weights as a network",
+                     "idx images", "idx labels", "recipe values"], 1_000),
+    "image folder": 400,
+}  # fmt: skip
+USUAL = 2_500
 
 
 @pytest.mark.faults
