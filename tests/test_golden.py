@@ -4,6 +4,7 @@ The tolerance leaves room for another processor and another release of torch (su
 step that does something else: the tests marked ``faults`` break one step after the other and see it.
 """
 
+import importlib
 import json
 import math
 
@@ -12,11 +13,12 @@ import torch
 
 import scl_defense
 from scl_defense import ascent, checkpoint, losses
-from scl_defense import train as training
 from scl_defense.augment import Augment
 from scl_defense.errors import ComponentError
 from scl_defense.models import Normalize
 from scl_defense.threat import ThreatModel
+
+training = importlib.import_module("scl_defense.train")  # the package has a function of this name
 
 RECIPE = {
     "data": "digits", "limit": 448, "batch_size": 64, "val_limit": 32, "val_steps": 1, "epochs": 3, "seed": 0,
@@ -24,9 +26,9 @@ RECIPE = {
     "model_options": {"width": 8},
 }  # fmt: skip
 ATTACKS = {"attacks": "native:fgsm,native:pgd:steps=5", "eps": "0.05", "n": 200, "probes": "none", "device": "cpu"}
-LOSSES = (0.0, 0.0, 0.0)  # the mean of each epoch
-WITHIN = 1e-3  # relative
-RIGHT = {"clean": 0, "native:fgsm": 0, "native:pgd:steps=5": 0}  # images of 200
+LOSSES = (9.7091, 8.5748, 7.9629)  # the mean of each epoch
+WITHIN = 3e-3  # relative
+RIGHT = {"clean": 145, "native:fgsm": 90, "native:pgd:steps=5": 83}  # images of 200
 IMAGES = 5
 
 

@@ -100,8 +100,10 @@ def serve(place, module, tests):
         """The tests to ask. What runs at import ("") or in a fixture may be noticed by any test."""
         contexts = set().union(*(by_line.get(line, ()) for line in lines))
         if contexts and all(context.endswith("|run") for context in contexts):
-            return sorted({context.removesuffix("|run") for context in contexts} & taken.keys(), key=taken.get)
-        return tests
+            wanted = {context.removesuffix("|run") for context in contexts} & taken.keys()
+        else:
+            wanted = taken.keys()
+        return sorted(wanted, key=taken.get)
 
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(place)
