@@ -17,6 +17,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -147,7 +148,7 @@ def key_of(item):
     return spec.start_pos, spec.end_pos, spec.operator_name, str(spec.operator_args), spec.occurrence
 
 
-def mutate(module, tests, folder, said, minutes):
+def mutate(module, tests, folder, said, minutes, again):
     from cosmic_ray.work_db import use_db
 
     tool = str(Path(sys.executable).with_name("cosmic-ray"))
@@ -168,6 +169,9 @@ def mutate(module, tests, folder, said, minutes):
             work.clear()
             work.add_work_items(sorted(sample, key=key_of))
         known.write_text(str(len(every)))
+    if again:
+        with contextlib.closing(sqlite3.connect(session)) as database, database:
+            database.execute("delete from work_results where test_outcome = 'SURVIVED'")
     first = os.pathsep.join(str(folder / part) for part in (".", "plugins", "benchmarks"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": first}
     server = subprocess.Popen([sys.executable, "tests/reliability/mutate.py", "--serve", place, module, *tests],
@@ -221,6 +225,7 @@ def main():
     parser.add_argument("--sample", type=int, help="mutants a module, instead of what mutation.toml says; 0: all")
     parser.add_argument("--minutes", type=float, help="the most a module may take; default: no limit")
     parser.add_argument("--work", type=Path, help="folder of the copy; given again, it goes on where it stopped")
+    parser.add_argument("--again", action="store_true", help="ask again about those in --work that lived")
     parser.add_argument("--count", action="store_true", help="run nothing: count what --work holds already")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--ask", help=argparse.SUPPRESS)
@@ -240,7 +245,7 @@ def main():
         copied(folder)
     for module, tests in wanted["modules"].items():
         if not said.modules or Path(module).stem in said.modules:
-            done = counted if said.count else partial(mutate, tests=tests, minutes=said.minutes)
+            done = counted if said.count else partial(mutate, tests=tests, minutes=said.minutes, again=said.again)
             found = done(module, folder=folder, said=wanted)
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             RESULTS.write_text(json.dumps(known | {module: found}, indent=1, ensure_ascii=False) + "\n")
