@@ -39,7 +39,8 @@ def mean_losses(folder):
 
 def right(path):
     result = scl_defense.benchmark(path, **ATTACKS)
-    robust = {row.label: round(row.robust_accuracy * result.n) for row in result.attacks}
+    rows = {row.label: row.robust_accuracy for row in result.attacks}  # of an attack that proves nothing: None
+    robust = {label: None if share is None else round(share * result.n) for label, share in rows.items()}
     return {"clean": result.clean_correct, **robust}
 
 
@@ -48,7 +49,8 @@ def same_losses(found):
 
 
 def same_verdicts(found):
-    return found.keys() == RIGHT.keys() and all(abs(found[name] - RIGHT[name]) <= IMAGES for name in RIGHT)
+    near = [found.get(name) is not None and abs(found[name] - known) <= IMAGES for name, known in RIGHT.items()]
+    return found.keys() == RIGHT.keys() and all(near)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ SUITE = [
     "tests/reliability/test_malicious_files.py", "tests/reliability/test_bad_input.py", "tests/test_plugin_faults.py",
     "tests/test_containment.py", "tests/test_golden.py", "tests/test_checkpoint.py", "tests/contract/test_broken.py",
     "tests/benchmarks/test_cheating_attacks.py", "tests/benchmarks/test_foreign_files.py",
+    "tests/benchmarks/test_batch_size.py",
 ]  # fmt: skip
 WORK = ROOT / "build" / "reliability"
 
