@@ -330,13 +330,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def _foreign(host: PluginHost, path: Path, options: Mapping[str, Any]) -> LoadedClassifier | None:
-    try:
-        return host.call("load_checkpoint", path=path, options=dict(options))
-    except SclDefenseError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ComponentError(f"a load_checkpoint hook failed on '{path}': {type(error).__name__}: {text}") from error
+    answer, who = host.first("load_checkpoint", path=path, options=dict(options))
+    if answer is not None and not isinstance(answer, LoadedClassifier):
+        raise ComponentError(f"load_checkpoint of {who} gave a {type(answer).__name__}, not a LoadedClassifier")
+    return answer
 
 
 def provenance_of(host: PluginHost, kind: str, name: str) -> str:

@@ -117,6 +117,9 @@ class TrainConfig:
         bool, Field(description="under torchrun: batch norm sees the images of all processes, not its own alone")
     ] = False
     seed: Annotated[int, Field(ge=0, le=2**62, description="seed of every random stream")] = 0
+    deterministic: Annotated[
+        bool, Field(description="same seed, same weights bit by bit on CUDA too, slower (on the CPU it is so anyway)")
+    ] = False
     logger: Annotated[tuple[str, ...], Field(description="where training records go")] = ("jsonl",)
     out: Annotated[str, Field(description="folder of the runs")] = "runs"
     name: Annotated[

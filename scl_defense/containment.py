@@ -17,14 +17,18 @@ SLOW = 10.0  # seconds of import after which a plugin is named: it keeps every c
 _TORCH = ("torch", "torch.nn.functional", "torch.Tensor", "torch.nn.Module", "torch.autograd", "torch.optim.Optimizer")
 
 
+class Uncontained(UserError):
+    """A plugin has changed what everything stands on, and nobody can take it back in this process."""
+
+
 @contextlib.contextmanager
 def contained(name: str) -> Iterator[set[str]]:
     """Import a plugin inside, and add the name of its module to the set.
 
     What it prints goes to stderr, so that ``--json`` stays JSON; an import that takes long is named while it lasts;
-    global random state, default dtype, root logger and filters that silence every warning are put back, and the plugin
-    is named. Raises :class:`ComponentError` when it replaces a function of torch, which is put back too;
-    :class:`UserError` where that cannot be done.
+    global random state, torch's defaults, root logger and filters that silence every warning are put back, and the
+    plugin is named. Raises :class:`ComponentError` when it replaces a function of torch, which is put back too;
+    :class:`Uncontained` where that cannot be done.
     """
     before, torch_before = _state(), _torch_parts()
     timer = threading.Timer(SLOW, _say, [f"plugin '{name}' is still being imported after {SLOW:g} s; leave it out with "
@@ -60,7 +64,7 @@ def _state() -> dict[str, Any]:
         found["NumPy's random state"] = numpy.random.get_state()
     if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_rng_state"):
         found["torch's random state"] = torch.get_rng_state()
-        found["torch's default dtype"] = torch.get_default_dtype()
+        found |= _defaults(torch)
     return found
 
 
@@ -92,11 +96,28 @@ def _put_back(before: dict[str, Any]) -> list[str]:
         if "torch's random state" in before and not torch.equal(torch.get_rng_state(), before["torch's random state"]):
             torch.set_rng_state(before["torch's random state"])
             changed.append("torch's random state")
-        usual = before.get("torch's default dtype", torch.float32)
-        if torch.get_default_dtype() != usual:
-            torch.set_default_dtype(usual)
-            changed.append("torch's default dtype")
+        now = _defaults(torch)
+        usual = {**now, "torch's default dtype": torch.float32, "torch's default device": torch.device("cpu"),
+                 "torch's gradients": True}  # fmt: skip
+        for what, put in (
+            ("torch's default dtype", torch.set_default_dtype),
+            ("torch's default device", torch.set_default_device),
+            ("torch's gradients", torch.set_grad_enabled),
+            ("torch's number of threads", torch.set_num_threads),
+        ):
+            if now[what] != (old := before.get(what, usual[what])):
+                put(None if old == torch.device("cpu") else old)
+                changed.append(what)
     return changed
+
+
+def _defaults(torch: Any) -> dict[str, Any]:
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "torch's gradients": torch.is_grad_enabled(),
+        "torch's number of threads": torch.get_num_threads(),
+    }
 
 
 def _silences_all(entry: tuple[Any, ...]) -> bool:
@@ -132,7 +153,7 @@ def _refuse_patches(name: str, packages: set[str], before: dict[str, dict[str, A
         return
     text = f"it replaces {', '.join(f'{part}.{attribute}' for part, attribute in patched[:3])} for everybody"
     if any(part not in before for part, _ in patched):
-        raise UserError(
+        raise Uncontained(
             f"plugin '{name}': {text}, which cannot be undone here; leave it out with "
             f"SCL_DEFENSE_DISABLE_PLUGINS={name}"
         )

@@ -22,8 +22,8 @@ from typing import Any
 import pluggy
 
 from scl_defense import hookspecs
-from scl_defense.containment import contained
-from scl_defense.errors import ComponentError, UserError, nearest
+from scl_defense.containment import Uncontained, contained
+from scl_defense.errors import ComponentError, SclDefenseError, UserError, nearest
 from scl_defense.registry import KINDS, Owner, Registry
 
 GROUP = "scl_defense"
@@ -76,7 +76,22 @@ class PluginHost:
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a hook of all plugins (``load_checkpoint``: the first answer wins)."""
-        return getattr(self._pm.hook, hook)(**arguments)
+        return self.first(hook, **arguments)[0]
+
+    def first(self, hook: str, **arguments: Any) -> tuple[Any, str]:
+        """The first answer that is not ``None``, and who gave it. Raises :class:`ComponentError`: who failed."""
+        for implementation in reversed(getattr(self._pm.hook, hook).get_hookimpls()):
+            name, owner = implementation.plugin_name, self.loaded.get(implementation.plugin_name)
+            try:
+                answer = self._only(implementation.plugin, hook, **arguments)
+            except SclDefenseError:
+                raise
+            except Exception as error:
+                text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise ComponentError(f"{hook} of plugin '{name}' ({owner}) failed: {text}") from error
+            if answer is not None:
+                return answer, f"plugin '{name}' ({owner})"
+        return None, "nobody"
 
     def register_commands(self, cli: Any) -> None:
         """Let every plugin add commands; one that raises is quarantined."""
@@ -141,6 +156,8 @@ class PluginHost:
     def _guarded(self, name: str, owner: Owner, action: Any) -> bool:
         try:
             action()
+        except Uncontained:
+            raise
         except (Exception, SystemExit) as error:
             text = " ".join(str(error).split())
             reason = text if isinstance(error, ComponentError) else f"{type(error).__name__}: {text}"

@@ -2,13 +2,16 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from scl_defense.containment import Uncontained, contained
 from scl_defense.errors import ComponentError, UserError, has_controls, nearest
 
+OURS = "scl-defense"  # the distribution of this project: not watched while it is imported
 KINDS = ("generator", "trainer", "attack", "model", "dataset", "logger")
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*(:[a-z0-9][a-z0-9.-]*)*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -46,7 +49,13 @@ class Entry:
             return self.target
         module, _, attribute = self.target.partition(":")
         try:
-            return getattr(import_module(module), attribute)
+            if module in sys.modules or self.owner.name == OURS:
+                return getattr(import_module(module), attribute)
+            with contained(self.owner.name) as own:
+                own.add(module)
+                return getattr(import_module(module), attribute)
+        except Uncontained:
+            raise
         except Exception as error:
             raise ComponentError(
                 f"{self.kind} '{self.name}' of {self.owner} cannot be imported from {self.target}: "

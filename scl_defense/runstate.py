@@ -66,6 +66,9 @@ def save(run: "Run", path: Path) -> None:
             "trainer": repr(run.trainer),
             "plugins": run.host.provenance(),
             "versions": versions(),
+            "device": str(run.device),
+            "threads": torch.get_num_threads(),  # sums of another number of threads round differently
+            "processes": 1,
             "random": {"seed": config.seed, "scheme": "derived from (seed, purpose, epoch, step)"},
             "ranks": {**run.ranks.about(), "device": run.device.type, "sync_bn": config.sync_bn},
             "optimizer": run.optimizer.state_dict(),

@@ -71,6 +71,30 @@ def repeatable(precision: str) -> Iterator[None]:
         convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
 
 
+@contextmanager
+def deterministic(wanted: bool = True) -> Iterator[None]:
+    """Inside, the same seed gives the same numbers on CUDA too, bit by bit; on the CPU it does so anyway.
+
+    Raises :class:`UserError` when something has no deterministic implementation. cuBLAS reads its setting when it is
+    first used: a process that has computed on CUDA before must have had ``CUBLAS_WORKSPACE_CONFIG`` set.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if "deterministic" not in text:
+            raise
+        raise UserError(f"--deterministic cannot be kept: {text[:200]}; leave it out, or use --device cpu") from None
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     """A 63-bit seed from (seed, purpose, counters): streams that need no hidden state, so resuming is exact."""
     digest = hashlib.blake2b(repr((int(seed), purpose, tuple(map(int, counters)))).encode(), digest_size=8).digest()
@@ -108,9 +132,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 ECHO = 5.0  # seconds in which torchrun passes on to its processes a signal that the terminal gave them already
 
+# What asks a run to stop: Ctrl-C, `kill`, and what a cluster's scheduler sends before its time is up.
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
 
 class StopRequest:
-    """The first SIGINT or SIGTERM asks for a stop at the next safe point; a second one stops at once."""
+    """The first of these signals asks for a stop at the next safe point; a second one stops at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -121,7 +148,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Handlers for SIGINT and SIGTERM while inside (main thread only; elsewhere signals keep their meaning)."""
+    """Handlers for :data:`STOPS` while inside (main thread only; elsewhere signals keep their meaning)."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -136,7 +163,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if request.signum is None:
             request.signum, first = signum, time.monotonic()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in STOPS}
     try:
         yield request
     finally:

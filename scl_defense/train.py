@@ -41,6 +41,7 @@ from scl_defense.runtime import (
     StopRequest,
     autocast,
     derive_seed,
+    deterministic,
     out_of_memory,
     ranks,
     repeatable,
@@ -118,7 +119,9 @@ def train(
         config = train_config(options)
     elif options:
         raise UserError("give either a TrainConfig or keywords, not both")
-    with global_random_state(), repeatable(config.precision), runtime.joined(select_device(config.device)) as everybody:
+    exact = deterministic(config.deterministic)
+    joined = runtime.joined(select_device(config.device))
+    with global_random_state(), repeatable(config.precision), exact, joined as everybody:
         run = Run(config, host, on_event if on_event and everybody.leads else (lambda event: None))
         if state is not None:
             runstate.restore(run, state)

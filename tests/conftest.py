@@ -1,6 +1,7 @@
 """What holds for every test: no network, no settings of the developer's shell, repeatable properties."""
 
 import ipaddress
+import json
 import os
 import socket
 import sys
@@ -74,6 +75,18 @@ def no_shell_settings(monkeypatch):
     """What a developer has set for his own runs must not decide a test."""
     for name in ("SCL_DEFENSE_DISABLE_PLUGINS", "SCL_DEFENSE_TRACE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def book():
+    """``book(kind, n)``: so many more of a kind, written where ``reliability/figures.py`` adds them up, or nowhere."""
+
+    def add(kind: str, n: int = 1) -> None:
+        if place := os.environ.get("SCL_DEFENSE_FIGURES"):
+            with open(place, "a") as stream:  # one short line: whole even when two workers write
+                stream.write(json.dumps({"kind": kind, "n": n}) + "\n")
+
+    return add
 
 
 @pytest.fixture

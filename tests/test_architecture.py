@@ -18,7 +18,8 @@ BENCHMARKS = ROOT / "benchmarks" / "scl_defense_benchmarks"
 # A module imports from the lines above its own, and from its own line too where the line is below `types`.
 ORDER = (
     ("errors", "deprecation", "launcher", "draws", "blocks"),
-    ("threat", "losses", "registry", "hookspecs", "guard", "folding", "runtime", "containment"),
+    ("containment",),
+    ("threat", "losses", "registry", "hookspecs", "guard", "folding", "runtime"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
     ("sharing",),

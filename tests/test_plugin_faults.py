@@ -106,7 +106,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_bad_plugin_is_set_aside_and_the_others_go_on(site, fault):
+def test_a_bad_plugin_is_set_aside_and_the_others_go_on(site, fault, book):
     source, says = BAD[fault]
     site.install("aaa").install("faulty", source).install("zzz")
     host = site.host()
@@ -115,6 +115,7 @@ def test_a_bad_plugin_is_set_aside_and_the_others_go_on(site, fault):
     assert host["generator"].names() == ["aaa", "zzz"]
     assert [record["distribution"] for record in host.provenance()] == ["aaa", "zzz"]
     assert all(host[kind].names() == [] for kind in KINDS if kind != "generator")
+    book("bad plugins")
 
 
 def test_an_entry_point_to_nothing_is_set_aside(site):

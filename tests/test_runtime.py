@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from scl_defense.errors import UserError
-from scl_defense.runtime import autocast, derive_seed, select_device, stop_on_signal, stream, versions
+from scl_defense.runtime import (
+    STOPS,
+    autocast,
+    derive_seed,
+    deterministic,
+    select_device,
+    stop_on_signal,
+    stream,
+    versions,
+)
 
 # -- devices
 
@@ -119,10 +128,41 @@ def test_a_missing_package_is_said_to_be_missing(monkeypatch):
     assert versions()["torchattacks"] == "missing"
 
 
+# -- the same numbers on every device
+
+
+def test_deterministic_algorithms_are_asked_for_inside_alone(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_cannot_be_deterministic_is_one_line():
+    with pytest.raises(UserError, match=r"--deterministic cannot be kept: put_ .*--device cpu"), deterministic():
+        torch.zeros(3).put_(torch.tensor([1, 1]), torch.ones(2))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="another matter"), deterministic():
+        raise RuntimeError("another matter")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_training_on_cuda_ends_with_the_same_weights(tmp_path):
+    from scl_defense import checkpoint, train
+
+    recipe = {"limit": 256, "epochs": 2, "val_limit": 32, "val_steps": 1, "device": "cuda", "deterministic": True}
+    runs = [train(**recipe, out=str(tmp_path), name=name) for name in ("one", "two")]
+    one, two = (checkpoint.read(run.last)[0]["network"] for run in runs)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 # -- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPS)
 def test_the_first_signal_asks_and_the_second_stops(number):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stop_on_signal() as request:

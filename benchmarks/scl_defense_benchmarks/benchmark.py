@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from scl_defense import runtime
 from scl_defense.checkpoint import sweep
 from scl_defense.errors import UserError
 from scl_defense.plugins import default_host
-from scl_defense.runtime import LONG, joined, ranks, versions
+from scl_defense.runtime import LONG, joined, ranks
 from scl_defense_benchmarks.attempt import Progress
 from scl_defense_benchmarks.diagnostics import check_recorded, merged
 from scl_defense_benchmarks.evaluate import Mode, evaluate
@@ -72,6 +73,7 @@ def benchmark(
     surrogate_model: str | None = None,
     precision: Choice = "fp32",
     workers: int | None = None,
+    deterministic: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
     **foreign: Any,
@@ -90,7 +92,8 @@ def benchmark(
 
     norm, eps: the main ball; default: the checkpoint's, else Linf at the data's usual radius. Several eps, as a list or
     ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. n: a fixed stratified subset of so many
-    images. mode, time_limit (seconds), batch_size, probes, precision, workers: see
+    images. deterministic: the same numbers bit by bit on CUDA too, slower. mode, time_limit (seconds), batch_size,
+    probes, precision, workers: see
     :func:`scl_defense_benchmarks.evaluate.evaluate`. surrogate: the checkpoint for attacks that transfer from another
     network; surrogate_model: its network, if it is a file of bare weights (default: as ``model``). It is normalised as
     this network.
@@ -159,7 +162,8 @@ def benchmark(
     state_file = None if out is None else state_path(out)
     known = {key: subject.about[key] for key in ("sha256",) if key in subject.about}
     writes = everybody.leads
-    with locked(out) if out is not None and writes else contextlib.nullcontext():
+    one_process = locked(out) if out is not None and writes else contextlib.nullcontext()
+    with one_process, runtime.deterministic(deterministic):
         if out is not None and per_image is not None and writes:
             sweep(Path(per_image).parent, Path(per_image).name)
         if restart == "if-stale" and state_file is not None:
@@ -201,7 +205,7 @@ def benchmark(
             indices=tuple(asked.indices.tolist()),
             checkpoint=subject.about,
             plugins=tuple(host.provenance()),
-            versions=versions(),
+            versions=runtime.versions(),
             command=command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )

@@ -44,6 +44,8 @@ from scl_defense.launcher import leads
 @click.option("--workers", type=click.IntRange(min=1), help="Batches attacked side by side; default: as many as torch "
               "has threads. Reaches no number.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every attack.")
+@click.option("--deterministic", is_flag=True, help="The same numbers bit by bit on CUDA too, slower (on the CPU it "
+              "is so anyway).")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--out", metavar="FILE.json", help="Result file; default: beside the checkpoint. The same command "
               "goes on where a stopped one was.")  # fmt: skip

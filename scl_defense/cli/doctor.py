@@ -28,7 +28,7 @@ EXTRAS = {
     "pyautoattack": "the official AutoAttack, to compare with",
     "docs": "building the documentation site",
 }
-OF_DEVELOPMENT = {"dev"}
+OF_DEVELOPMENT = {"dev", "mutation"}
 
 
 @dataclass(frozen=True)

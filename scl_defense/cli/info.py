@@ -39,6 +39,8 @@ def command(checkpoint: str, as_json: bool) -> None:
         "config": json.loads(content["config"]),
         "plugins": content["plugins"],
         "versions": content.get("versions"),
+        "device": content.get("device"),
+        "threads": content.get("threads"),
     }
     if as_json:
         common.print_json(summary)

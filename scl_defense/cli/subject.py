@@ -11,12 +11,20 @@ from scl_defense.cli import common
 from scl_defense.errors import UserError
 
 _OPTIONS = (
-    click.option("--data", metavar="NAME|PATH", help="Data set; default: the one it was trained on."),
+    click.option(
+        "--data",
+        metavar="NAME|PATH|PKG:FUNCTION",
+        help="Data set; default: the one it was trained on. PKG:FUNCTION, FILE.py:FUNCTION: yours (it runs code).",
+    ),
     click.option(
         "-d", "--data-option", "data_options", multiple=True, metavar="NAME=VALUE", help="Option of the data set."
     ),
     click.option("--data-root", metavar="DIR", help="Folder where data sets lie or are downloaded to."),
-    click.option("--model", metavar="NAME", help="Network of a file of bare weights (needs --data)."),
+    click.option(
+        "--model",
+        metavar="NAME|PKG:FACTORY",
+        help="Network of a file of bare weights (needs --data). PKG:FACTORY, FILE.py:FACTORY: yours (it runs code).",
+    ),
     click.option("-m", "--model-option", "model_options", multiple=True, metavar="NAME=VALUE", help="Its option."),
     click.option(
         "--mean", metavar="A+B+C", help="Normalisation before that network, per channel in [0, 1]; default none."

@@ -36,6 +36,10 @@ def _recipe_options(command: Any) -> Any:
         kind = option.type.removesuffix("|none")
         metavar = "NAME" if option.name in COMPONENT_FIELDS or multiple else kind if "|" in kind else kind.upper()
         text = f"{option.description[0].upper()}{option.description[1:]}.{suffix}"
+        if kind == "bool":
+            text = f"{option.description[0].upper()}{option.description[1:]}."
+            command = click.option(flag, option.name, is_flag=True, default=None, help=text)(command)
+            continue
         command = click.option(flag, option.name, multiple=multiple, metavar=metavar, help=text)(command)
     return command
 

@@ -1,21 +1,6 @@
-"""The mark of the fault-injection suite, and the book in which its figures are kept."""
-
-import json
-import os
+"""One thread: what is killed and hurt here runs beside other tests."""
 
 import pytest
-
-
-@pytest.fixture
-def book():
-    """``book(kind, n)``: so many more of a kind, written where ``figures.py`` adds them up (nowhere otherwise)."""
-
-    def add(kind: str, n: int = 1) -> None:
-        if place := os.environ.get("SCL_DEFENSE_FIGURES"):
-            with open(place, "a") as stream:  # one short line: whole even when two workers write
-                stream.write(json.dumps({"kind": kind, "n": n}) + "\n")
-
-    return add
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ import torch
 
 from scl_defense import checkpoint
 
-PATIENCE = 240.0  # seconds until a run counts as hanging: for slow machines, no moment is drawn by it
+PATIENCE = 1200.0  # seconds until a run counts as hanging: for slow machines, no moment is drawn by it
 
 
 class Process:

@@ -83,7 +83,7 @@ def snapshot(places, here):
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[row.arguments for row in TABLE])
-def test_a_mistake_is_one_line_and_nothing_is_written(row, places, here, capsys):
+def test_a_mistake_is_one_line_and_nothing_is_written(row, places, here, capsys, book):
     before = snapshot(places, here)
     code = run(arguments_of(row.arguments, places))
     captured = capsys.readouterr()
@@ -92,6 +92,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(row, places, here, capsys)
     assert lines[0].startswith("error: ") and row.says in lines[0] and len(lines[0]) < 600
     assert "Traceback" not in captured.err and "unexpected" not in captured.err
     assert snapshot(places, here) == before
+    book("bad inputs refused")
 
 
 @pytest.mark.parametrize("case", FINE, ids=[case[0] for case in FINE])
@@ -141,7 +142,7 @@ def forbidden(kind):
     return []
 
 
-def test_every_option_of_every_component_knows_its_range():
+def test_every_option_of_every_component_knows_its_range(book):
     from scl_defense.config import make
     from scl_defense.errors import UserError
 
@@ -153,9 +154,10 @@ def test_every_option_of_every_component_knows_its_range():
         assert f"option '{option}'" in text and "\n" not in text and len(text) < 500, (name, option, wrong, text)
         tried += 1
     assert tried > 200
+    book("bad inputs refused", tried)
 
 
-def test_every_field_of_the_recipe_knows_its_range():
+def test_every_field_of_the_recipe_knows_its_range(book):
     from scl_defense.config import train_config
     from scl_defense.errors import UserError
 
@@ -167,3 +169,4 @@ def test_every_field_of_the_recipe_knows_its_range():
             assert "\n" not in str(error.value)
             tried += 1
     assert tried > 40
+    book("bad inputs refused", tried)

@@ -3,12 +3,12 @@
 The default run draws a few inputs a reader, always the same ones; with the mark ``faults`` each reader gets thousands.
 """
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import tarfile
-import threading
 import warnings
 from pathlib import Path
 
@@ -19,8 +19,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mangling import DAMAGES, damaged, damaged_member, members
+from scl_defense_benchmarks.battery import plan_attacks
 from scl_defense_benchmarks.containers import read_content
 from scl_defense_benchmarks.prepared import read_label_map
+from scl_defense_benchmarks.report.read import read_result
 from scl_defense_benchmarks.results import check_writable
 from scl_defense_benchmarks.state import open_state
 from scl_defense_benchmarks.study.cells import grid
@@ -28,15 +30,21 @@ from scl_defense_benchmarks.study.spec import read_spec
 from scl_defense_benchmarks.study.store import Store
 from scl_defense_benchmarks.weights import find_state
 
+import scl_defense
 from scl_defense import checkpoint, runstate
 from scl_defense.checkpoint import load_classifier
-from scl_defense.config import read_toml, to_toml, train_config
+from scl_defense.cli.benchmark import _seconds
+from scl_defense.cli.common import key_values
+from scl_defense.cli.study import _integers
+from scl_defense.cli.subject import _numbers
+from scl_defense.compose import make_generator
+from scl_defense.config import TrainConfig, options_of, read_toml, to_toml, train_config
 from scl_defense.data import open_data
-from scl_defense.errors import SclDefenseError
+from scl_defense.errors import SclDefenseError, UserError
+from scl_defense.plugins import default_host
 from scl_defense.replay import StoredExamples
+from scl_defense.threat import ThreatModel, parse_eps
 from scl_defense.train import train
-
-LIMIT = 20.0  # seconds: a reader that needs longer for a file of some kilobytes hangs
 
 OURS = {
     "data": "digits", "limit": 64, "batch_size": 32, "val_limit": 32, "val_steps": 1, "epochs": 2, "generator": "none",
@@ -88,6 +96,9 @@ def seeds(place):
     found["idx labels"] = bytes.fromhex("00000801 00000004".replace(" ", "")) + bytes([0, 1, 2, 3])
     found["state"] = b'{"format":"scl-defense-battery-state/1","identity":{"seed":0}}\n{"attack":0,"chunk":1,"x":[1]}\n'
     found["result"] = b'{"schema":"scl-defense-result/2","n":3,"attacks":[{"label":"fgsm","outcomes":[0,1]}]}'
+    made = place / "whole.json"
+    scl_defense.benchmark(run.best, attacks="noise:draws=1", n=4, probes="none", out=str(made))
+    found["whole result"] = made.read_bytes()
     found["label map"] = b'{"labels": ["a", "b", "-", "c", 0, null]}'
     found["png"] = _image("PNG")
     found["jpeg"] = _image("JPEG")
@@ -171,6 +182,7 @@ READERS = {
     "study": (["study"], _study),
     "state of a benchmark": (["state"], lambda path: open_state(path, {"seed": 0})),
     "result": (["result"], check_writable),
+    "result for a report": (["whole result"], read_result),
     "records of a study": (["state", "result"], _cell),
     "label map JSON": (["label map"], lambda path: read_label_map(path.rename(path.with_suffix(".json")), "abc")),
     "label map TOML": (["recipe"], lambda path: read_label_map(path.rename(path.with_suffix(".toml")), "abc")),
@@ -179,7 +191,6 @@ READERS = {
 
 def hold(action, what):
     """Run ``action``: fine, or one of our errors with a text of one line."""
-    done = threading.Event()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -187,8 +198,6 @@ def hold(action, what):
     except SclDefenseError as error:
         assert str(error), what
         assert "weights_only=False" not in str(error)
-    finally:
-        done.set()
 
 
 def quick(count, name):
@@ -234,7 +243,96 @@ def hold_valid(name, place, seeds):
     sources, read = READERS[name]
     SEEDS.update(seeds)
     if name in ("checkpoint", "stored examples", "npz", "recipe", "study", "idx images", "image folder", "result",
-                "state of a benchmark"):  # fmt: skip
+                "result for a report", "state of a benchmark"):  # fmt: skip
         path = place / f"valid-{name.replace(' ', '-')}"
         path.write_bytes(seeds[sources[0]])
         read(path)
+
+
+# -- readers of texts: what people type, and what stands in recipes and results
+
+TEXTS = {
+    "eps": (["8/255", "0.3", "1e-3", "3", " 4/255 ", "0", "1/0", "٣/255"], parse_eps),
+    "threat": (["linf:8/255", "l2:0.5", "l1:12", "l0:3", "linf: 8/255"], ThreatModel.parse),
+    "attack list": (
+        ["fgsm,pgd,cw", "pgd:steps=40:rel_step=0.1", "art:cw:c=1+10:eps=0.5", "standard", "native:pgd:norm=l2:eps=0.5"],
+        lambda text: plan_attacks(text, threat=ThreatModel("linf", "0.1"), host=default_host()),
+    ),
+    "generator": (["contrastive-pgd", "mix:corner-noise=0.5,uniform-noise=0.5", "file:x.safetensors", "none"],
+                  lambda text: make_generator(default_host(), text, {})),
+    "options": (["steps=20", "rel_step=0.1", "--awp=0.005", "space=gabor"], lambda text: key_values([text], "-g")),
+    "recipe values": (
+        ["0.1", "adamw", "1", "true", "8/255", "jsonl", "simclr", "bf16"],
+        lambda text: [every for name in FIELDS for every in [_tried(name, text)]],
+    ),
+    "time": (["600", "90s", "10m", "1.5h"], _seconds),
+    "seeds": (["0,1,2", "7"], _integers),
+    "normalisation": (["0.5", "0.49+0.48+0.45"], lambda text: _numbers("--mean", text)),
+}  # fmt: skip
+FIELDS = [option.name for option in options_of(TrainConfig)]
+NONSENSE = st.one_of(
+    st.text(max_size=40),
+    st.text(alphabet="0123456789./:,+-=eE_ linfpgdstepsNa∞½٣\x00\x1b", max_size=40),
+    st.builds(lambda part, n: part * n, st.sampled_from(["9", "1/", ":", ",", "=", "-", "mix:", "(", "e9"]),
+              st.integers(0, 3000)),
+)  # fmt: skip
+
+
+def _tried(name, text):
+    """Each field is asked by itself, for one that is refused would hide the others."""
+    with contextlib.suppress(UserError):
+        train_config({name: text})
+
+
+def fuzz_text(name, budget):
+    good, read = TEXTS[name]
+    count = [0]
+
+    def mangled(text, damages):
+        return damaged(text.encode(), damages).decode(errors="surrogateescape")
+
+    @budget
+    @given(st.one_of(NONSENSE, st.builds(mangled, st.sampled_from(good), DAMAGES), st.sampled_from(good)))
+    def trial(text):
+        count[0] += 1
+        hold(lambda: read(text), f"{name}: {text!r}"[:200])
+
+    trial()
+    return count[0]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_readers_of_texts_quickly(name):
+    _, read = TEXTS[name]
+    if name not in ("eps", "generator", "seeds"):  # which hold one that is refused
+        read(TEXTS[name][0][0])
+    assert fuzz_text(name, quick(60, name)) >= 60
+
+
+# -- the full run: at least 100 000 inputs, other ones each time
+
+SHARE = {
+    **dict.fromkeys(["eps", "threat", "options", "time", "seeds", "normalisation"], 9_000),
+    **dict.fromkeys(["attack list", "generator"], 5_000),
+    **dict.fromkeys(["study", "checkpoint as a network", "checkpoint to resume", "foreign weights as a network",
+                     "idx images", "idx labels", "recipe values"], 1_000),
+    "image folder": 400,
+}  # fmt: skip
+USUAL = 2_500
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", READERS)
+def test_readers_of_files(name, place, seeds, book):
+    hold_valid(name, place, seeds)
+    book("inputs fuzzed", fuzz_file(name, place, seeds, long(SHARE.get(name, USUAL), name)))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", TEXTS)
+def test_readers_of_texts(name, book):
+    book("inputs fuzzed", fuzz_text(name, long(SHARE.get(name, USUAL), name)))
+
+
+def test_the_full_run_is_of_a_hundred_thousand_inputs():
+    assert sum(SHARE.get(name, USUAL) for name in [*READERS, *TEXTS]) >= 100_000

@@ -422,8 +422,23 @@ def test_a_data_set_or_plugin_with_such_names_is_refused(site, tmp_path):
     assert "one non-empty line" in host.quarantined[0].reason
 
 
-def test_the_doors_that_run_code_say_so(capsys):
-    doors = {"train": "it runs code", "benchmark": "runs code when opened", "plugins check": "runs code"}
-    for command, words in doors.items():
-        run([*command.split(), "--help"])
-        assert words in " ".join(capsys.readouterr().out.split()), command
+DOORS = {  # option -> the commands that have it, and what their help says of it
+    "--plugin": (["train", "benchmark", "generate", "finetune", "report", "study", "agreement"], "(it runs code)"),
+    "--model NAME|PKG:FACTORY": (["benchmark", "agreement"], "(it runs code)"),
+    "--data NAME|PATH|PKG:FUNCTION": (["benchmark", "agreement"], "(it runs code)"),
+    "--trust-pickle": (["benchmark", "agreement"], "runs code when opened"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_doors_that_run_code_say_so(door, capsys):
+    commands, words = DOORS[door]
+    for command in commands:
+        run([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert door in text and words in text[text.index(door) :][:300], (command, text)
+
+
+def test_the_contract_test_says_so_too(capsys):
+    run(["plugins", "check", "--help"])
+    assert "runs code" in " ".join(capsys.readouterr().out.split())

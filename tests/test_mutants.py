@@ -1,0 +1,86 @@
+"""What mutation testing found untested (tests/reliability/mutate.py): each test kills mutants that lived before it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scl_defense import checkpoint
+from scl_defense.errors import UserError
+from scl_defense.threat import ThreatModel
+
+# -- threat
+
+
+@pytest.mark.parametrize(("norm", "largest"), [("l0", 32), ("l1", 96), ("l2", 96**0.5), ("linf", 1)])
+def test_the_largest_radius_counts_the_pixels_of_images_that_are_not_square(norm, largest):
+    ThreatModel(norm, str(largest)).check_fits((3, 4, 8))
+    with pytest.raises(UserError, match=r"whole (box|range)"):
+        ThreatModel(norm, str(largest + 1)).check_fits((3, 4, 8))
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("radius", [0.1, 0.3, 0.7, 1.1, 2.3])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rounding_never_leaves_the_ball_where_it_adds_up(norm, radius, value):
+    """On black and on white images every coordinate moves by the same amount, and rounds the same way."""
+    images = torch.full((1, 1, 32, 32), value)
+    found = ThreatModel(norm, str(radius)).project(images, torch.full_like(images, 1 - value)).double()
+    moved = torch.linalg.vector_norm((found - images).flatten(), 2 if norm == "l2" else 1)
+    assert 0.99 * radius < moved <= radius
+
+
+def test_a_random_start_in_l0_repaints_that_many_pixels_with_any_colour():
+    images = torch.ones(64, 3, 6, 5)
+    found = ThreatModel("l0", "4").random_start(images, torch.Generator().manual_seed(0))
+    changed = (found != images).any(1).flatten(1)
+    assert (changed.sum(1) == 4).all()
+    assert changed.any(0).all(), "every place may be chosen"
+    colours = found[(found != images).any(1, keepdim=True).expand_as(found)]
+    assert colours.min() < 0.02 and colours.max() > 0.98 and abs(float(colours.mean()) - 0.5) < 0.05
+
+
+# -- checkpoint
+
+
+def test_lists_and_depth_are_counted_up_to_their_limits():
+    most, deepest = checkpoint.MOST_LISTS, checkpoint.DEEPEST
+    assert checkpoint.tangled([[] for _ in range(most - 1)]) is None
+    assert "larger than" in checkpoint.tangled([[] for _ in range(most)])
+    nested = []
+    for _ in range(deepest - 1):
+        nested = [nested]
+    assert checkpoint.tangled(nested) is None
+    assert "deeper than" in checkpoint.tangled({"x": nested})
+    assert checkpoint.tangled({"a": (1, {2}), "b": "text", "c": frozenset({3})}) is None
+
+
+def test_parts_are_counted_up_to_their_limit(monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_PARTS", 10)
+    assert checkpoint.tangled([list(range(4)), list(range(4))]) is None
+    assert "larger than" in checkpoint.tangled([list(range(4)), list(range(5))])
+
+
+def test_a_zip_may_unpack_to_twenty_times_its_size_or_to_what_is_always_allowed(monkeypatch):
+    monkeypatch.setattr(checkpoint, "INFLATED", 1000)
+
+    def asked(*sizes, size):
+        members = [SimpleNamespace(file_size=n) for n in sizes]
+        return checkpoint.inflated(SimpleNamespace(infolist=lambda: members), size)
+
+    assert asked(400, 600, size=1) is None
+    assert "would unpack to" in asked(400, 601, size=1)
+    assert asked(1999, 1, size=100) is None
+    assert "would unpack to 2e-06 GB from 100 bytes" in asked(2000, 1, size=100)
+
+
+@pytest.mark.parametrize("shape", [(10, 4, 1), (10,), (9, 4)])
+def test_a_head_that_is_no_matrix_of_a_row_a_class_is_malformed(shape):
+    content = {
+        "network": {"classifier.weight": torch.zeros(shape)}, "model": "m", "model_options": {}, "config": "{}",
+        "classes": [str(n) for n in range(10)], "image_shape": [1, 8, 8], "mean": [0.0], "std": [1.0],
+        "threat": "linf:0", "plugins": [],
+    }  # fmt: skip
+    assert "not those that its network tells apart" in checkpoint._malformed(content)
+    content["network"]["classifier.weight"] = torch.zeros(10, 4)
+    assert checkpoint._malformed(content) is None
