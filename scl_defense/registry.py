@@ -46,12 +46,13 @@ class Entry:
             return self.target
         module, _, attribute = self.target.partition(":")
         try:
-            return getattr(import_module(module), attribute)
+            found: type = getattr(import_module(module), attribute)
         except Exception as error:
             raise ComponentError(
                 f"{self.kind} '{self.name}' of {self.owner} cannot be imported from {self.target}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
+        return found
 
 
 class Registry:

@@ -11,10 +11,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from scl_defense.runtime import (
 )
 from scl_defense.schedules import learning_rate, radius_at, strength_at
 from scl_defense.threat import ThreatModel
+from scl_defense.trained import TrainResult
 from scl_defense.types import Batch, Context, StepOutput
 
 CALIBRATION = 256  # images that model-free generators may measure their feature space on
@@ -51,27 +52,21 @@ Event = Callable[[Mapping[str, Any]], None]
 View = Callable[[Tensor, int], Tensor]  # (images, number) -> one augmented view of them
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run left behind. ``clean`` and ``robust``: validation accuracies of the best checkpoint.
-
-    forwards, backwards: image passes through the encoder per training image of an epoch, generator and trainer
-    together (:mod:`scl_defense.passes`): the cost of the method in units that do not depend on the machine.
-    """
-
-    run_dir: Path
-    best: Path
-    last: Path
-    epochs: int
-    best_epoch: int
-    clean: float
-    robust: float
-    threat: ThreatModel
-    seconds: float
-    forwards: float
-    backwards: float
-
-
+@overload
+def train(
+    config: TrainConfig | None = None,
+    *,
+    resume: str | Path | None = None,
+    plugins: Sequence[str | Path] = (),
+    host: PluginHost | None = None,
+    on_event: Event | None = None,
+    dry_run: Literal[False] = False,
+    **options: Any,
+) -> TrainResult: ...
+@overload
+def train(config: TrainConfig | None = None, *, dry_run: Literal[True], **options: Any) -> dict[str, Any]: ...
+@overload
+def train(config: TrainConfig | None = None, *, dry_run: bool, **options: Any) -> Any: ...
 def train(
     config: TrainConfig | None = None,
     *,
@@ -81,7 +76,7 @@ def train(
     on_event: Event | None = None,
     dry_run: bool = False,
     **options: Any,
-) -> Any:
+) -> TrainResult | dict[str, Any]:
     """Train one network; the command ``scl-defense train`` is this call.
 
     Give a :class:`TrainConfig`, or its fields as keywords (``train(generator="pgd", epochs=5)``), or ``resume`` with
@@ -89,6 +84,12 @@ def train(
     :class:`TrainResult`; with ``dry_run`` a dict with the plan and the estimated time, and nothing is written.
     ``on_event`` is told of every step and epoch. SIGINT and SIGTERM save first and raise :class:`Interrupted`.
     Raises :class:`UserError` for a wrong recipe, :class:`ComponentError` when a component breaks its contract.
+
+    >>> import scl_defense
+    >>> run = scl_defense.train(trainer="cross-entropy", generator="pgd", generator_options={"steps": 1}, epochs=1,
+    ...                         limit=64, batch_size=32, val_limit=32, val_steps=1)
+    >>> run.best.name, [line["epoch"] for line in run.history()]
+    ('best.pt', [0])
     """
     host = host or default_host(plugins)
     state = None
@@ -128,7 +129,7 @@ class Run:
         self.trainer = make(host, "trainer", config.trainer, config.trainer_options)
         config = with_generator(config, host)
         self.config, self.host, self.on_event, self.progress = config, host, on_event, Progress()
-        self.generator = make_generator(host, config.generator, config.generator_options)
+        self.generator = make_generator(host, str(config.generator), config.generator_options)
         model = make(host, "model", config.model, config.model_options)
         self.loggers = [make(host, "logger", name) for name in config.logger]
         self.device = select_device(config.device)
@@ -207,7 +208,7 @@ class Run:
                 if not self.train_epoch(stop):
                     runstate.save(self, run_dir / "last.pt")
                     command = f"scl-defense train --resume {shlex.quote(str(run_dir))}"
-                    raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum)
+                    raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum or 15)
                 record = self.finish_epoch(run_dir, log)
                 self.on_event({"event": "epoch", "epochs": self.config.epochs, **record})
         finally:

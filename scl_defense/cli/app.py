@@ -37,7 +37,8 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
-            return import_module(COMMANDS[name][0]).command
+            command: click.Command = import_module(COMMANDS[name][0]).command
+            return command
         return self._with_plugins().commands.get(name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
