@@ -27,7 +27,7 @@ from scl_defense.shown import Table
 from scl_defense.threat import ThreatModel
 
 FORMAT = "scl-defense-checkpoint/1"
-_WEIGHTS = ("network", "training", "twin", "optimizer")
+WEIGHTS = ("network", "training", "twin", "optimizer")
 INFLATED = 1 << 28  # bytes; what a zip may unpack to whatever its size (torch stores without compression)
 MOST_LISTS, MOST_PARTS, DEEPEST = 50_000, 10_000_000, 64  # a few bytes can describe more than a machine holds
 _REQUIRED = {
@@ -327,7 +327,7 @@ def load_classifier(
         data_root=config.get("data_root"),
         path=path,
         sha256=sha256,
-        meta={name: value for name, value in content.items() if name not in _WEIGHTS} | {"config": config},
+        meta={name: value for name, value in content.items() if name not in WEIGHTS} | {"config": config},
     )
 
 

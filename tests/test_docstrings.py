@@ -10,7 +10,7 @@ import pytest
 import scl_defense
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("threat", "losses", "shown", "checkpoint", "config", "models", "ascent", "deprecation", "runtime", "registry")
+MODULES = ("threat", "losses", "shown", "checkpoint", "config", "models", "ascent", "deprecation", "runtime")
 # Without one: the errors and the hook marker, and `agreement`, which takes a minute (benchmarks/test_agreement.py).
 CALLS = ("ThreatModel", "TrainConfig", "benchmark", "generate_examples", "load_classifier", "report", "study", "train",
          "finetune")  # fmt: skip

@@ -95,7 +95,7 @@ def benchmark(
     >>> images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     >>> labels = network(images).argmax(1)
-    >>> result = scl_defense.benchmark(network, images, labels, attacks="native:fgsm", norm="linf", eps=0.1, probes="none")
+    >>> result = scl_defense.benchmark(network, images, labels, attacks="native:fgsm", eps=0.1, probes="none")
     >>> result.clean_accuracy, result.worst_case.robust_accuracy < 1, result.row("native:fgsm").status
     (1.0, True, 'ok')
     """
