@@ -44,11 +44,13 @@ def table(result: EvaluationResult, width: int = 100) -> shown.Table:
 def figure(result: EvaluationResult) -> "Figure":
     """Left: accuracy under each attack, with its interval. Right: accuracy against eps, a panel a norm, if measured."""
     from scl_defense_benchmarks.report.exports import curve_lines, draw_curves
+    from scl_defense_benchmarks.report.gather import bare
     from scl_defense_benchmarks.report.read import Source
 
     curves = curve_lines([Source("", result)])
     lines = [("clean", result.clean_accuracy, result.clean_interval, 0)]
-    lines += [(f"{row.label}  {row.norm} {row.eps}", row.robust_accuracy, row.interval, 1) for row in result.attacks]
+    lines += [(f"{bare(row.label)}  {row.norm} {row.eps}", row.robust_accuracy, row.interval, 1)
+              for row in result.attacks]  # fmt: skip
     lines += [(f"worst case  {case.norm} {case.eps}", case.robust_accuracy, case.interval, 2)
               for case in result.worst_cases]  # fmt: skip
     known = [line for line in lines if line[1] is not None][::-1]

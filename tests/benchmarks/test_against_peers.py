@@ -1,6 +1,6 @@
 """Against the official AutoAttack, Foolbox and adversarial-library themselves; each skipped where it is not installed.
 
-``pip install "scl-defense[pyautoattack]" scl-defense-foolbox scl-defense-advlib``; the peers' own parameters throughout.
+``pip install "scl-defense[pyautoattack]" scl-defense-foolbox scl-defense-advlib``; their own parameters throughout.
 """
 
 import sys
