@@ -5,7 +5,7 @@ Madry et al. 2018 (random start), Wong et al. 2020 (one step of 1.25 eps from a 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -75,12 +75,12 @@ def ascend(
     left = torch.arange(len(images), device=images.device) if stopping else None
     for _ in range(steps):
         if left is None:
-            adversarial = _step(objective, images, adversarial, threat, length, images, rng)
+            adversarial = _step(cast(Objective, objective), images, adversarial, threat, length, images, rng)
             continue
         points, done = adversarial[left], torch.zeros(len(left), dtype=torch.bool, device=images.device)
 
         def ask(points: Tensor, left: Tensor = left, done: Tensor = done) -> Tensor:
-            values, verdict = objective(points, left)
+            values, verdict = cast(StoppingObjective, objective)(points, left)
             done |= verdict
             return values
 

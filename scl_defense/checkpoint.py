@@ -23,10 +23,11 @@ from scl_defense.config import make
 from scl_defense.errors import ComponentError, SclDefenseError, UserError, has_controls
 from scl_defense.models import Network
 from scl_defense.plugins import PluginHost, default_host
+from scl_defense.shown import Table
 from scl_defense.threat import ThreatModel
 
 FORMAT = "scl-defense-checkpoint/1"
-_WEIGHTS = ("network", "training", "twin", "optimizer")
+WEIGHTS = ("network", "training", "twin", "optimizer")
 INFLATED = 1 << 28  # bytes; what a zip may unpack to whatever its size (torch stores without compression)
 MOST_LISTS, MOST_PARTS, DEEPEST = 50_000, 10_000_000, 64  # a few bytes can describe more than a machine holds
 _REQUIRED = {
@@ -59,6 +60,26 @@ class LoadedClassifier:
     sha256: str
     data_root: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self, width: int = 100) -> Table:
+        """What the file says of itself, on a few lines. ``rows`` of it: one mapping."""
+        row = {
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "network": self.meta.get("model") or type(self.network).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "images": "x".join(map(str, self.image_shape)),
+            "classes": ", ".join(self.classes),
+            "data": self.data or "-",
+            "threat": "-" if self.threat is None else str(self.threat),
+            "trainer": self.meta.get("trainer") or "-",
+            "generator": self.meta.get("generator") or "-",
+        }
+        cells = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in row.items()]
+        return Table(("classifier", ""), cells, [row], width=width)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def atomic_write_bytes(path: str | Path, payload: bytes) -> None:
@@ -256,6 +277,13 @@ def load_classifier(
 
     A file that this project did not write is offered to the plugins' ``load_checkpoint`` hooks with ``options``.
     Raises :class:`UserError` when the file is damaged, nobody can read it, or a needed plugin is missing.
+
+    >>> import scl_defense, torch
+    >>> run = scl_defense.train(generator="none", trainer="cross-entropy", epochs=1, limit=64,
+    ...                         batch_size=32, val_limit=32, val_steps=1)
+    >>> loaded = scl_defense.load(run.best)
+    >>> loaded.network(torch.rand(5, *loaded.image_shape)).shape
+    torch.Size([5, 10])
     """
     path, host = Path(path), host or default_host()
     if not path.exists():
@@ -299,8 +327,11 @@ def load_classifier(
         data_root=config.get("data_root"),
         path=path,
         sha256=sha256,
-        meta={name: value for name, value in content.items() if name not in _WEIGHTS} | {"config": config},
+        meta={name: value for name, value in content.items() if name not in WEIGHTS} | {"config": config},
     )
+
+
+load = load_classifier  # the short name, for notebooks: scl_defense.load("best.pt").network(images)
 
 
 def _check_size(path: Path, model: Any, content: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:

@@ -29,7 +29,13 @@ def _as_written(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))
 class TrainConfig:
-    """The recipe of one run: the same names on the command line, in a TOML file and in Python."""
+    """The recipe of one run: the same names on the command line, in a TOML file and in Python.
+
+    >>> from scl_defense import TrainConfig
+    >>> recipe = TrainConfig(trainer="trades", generator="pgd", generator_options={"steps": 5}, optimizer="sgd")
+    >>> recipe.peak_lr, recipe.data
+    (0.1, 'digits')
+    """
 
     data: Annotated[str, Field(min_length=1, description="data set: a registered name, or a path")] = "digits"
     data_options: Annotated[Options, Field(description="options of the data set")] = dataclasses.field(
@@ -217,7 +223,8 @@ def with_generator(config: TrainConfig, host: PluginHost) -> TrainConfig:
     """The recipe with its generator named: where it names none, the trainer's ``usual`` one, else contrastive-pgd."""
     if config.generator is not None:
         return config
-    name, options = getattr(host["trainer"].get(config.trainer), "usual", ("contrastive-pgd", {}))
+    usual: tuple[str, Mapping[str, Any]] = ("contrastive-pgd", {})
+    name, options = getattr(host["trainer"].get(config.trainer), "usual", usual)
     return dataclasses.replace(config, generator=name, generator_options={**options, **config.generator_options})
 
 
@@ -304,4 +311,5 @@ def _toml_value(value: Any) -> str:
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The recipe as plain data (JSON types)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

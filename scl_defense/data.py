@@ -72,7 +72,7 @@ class Data:
     flip: bool
     budgets: dict[str, str]
     provenance: dict[str, Any]
-    _load: Callable[[str], "_Arrays"] = field(repr=False, compare=False)
+    _load: Callable[[Literal["train", "test"]], "_Arrays"] = field(repr=False, compare=False)
     _cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -122,9 +122,9 @@ class Data:
             digest = hashlib.sha256(arrays.images.numpy().data)
             digest.update(arrays.labels.numpy().astype("<i8").data)
             self._cache[key] = digest.hexdigest()
-        return self._cache[key]
+        return str(self._cache[key])
 
-    def _arrays(self, source: str) -> "_Arrays":
+    def _arrays(self, source: Literal["train", "test"]) -> "_Arrays":
         if source not in self._cache:
             arrays = self._load(source)
             if arrays.shape != self.image_shape or arrays.classes != self.classes:
@@ -134,7 +134,8 @@ class Data:
                     "in order, must be the same"
                 )
             self._cache[source] = arrays
-        return self._cache[source]
+        kept: _Arrays = self._cache[source]
+        return kept
 
 
 def data_folder(root: str | Path | None = None) -> Path:
@@ -169,7 +170,7 @@ def open_data(
     else:
         component_name = name
 
-    def load(split: str) -> _Arrays:
+    def load(split: Literal["train", "test"]) -> _Arrays:
         try:
             return _checked(f"data set '{name}', {split} split", component.load(split, folder))
         except SclDefenseError:
@@ -180,7 +181,7 @@ def open_data(
             ) from error
 
     present = component.splits(folder) if hasattr(component, "splits") else ("train", "test")
-    first = "test" if "test" in present and "train" not in present else "train"
+    first: Literal["train", "test"] = "test" if "test" in present and "train" not in present else "train"
     arrays = load(first)
     if first == "train" and len(arrays.labels.unique()) < 2:
         raise UserError(f"data set '{name}': all training images have the same label; at least 2 classes are needed")
@@ -330,9 +331,10 @@ def _validation_part(labels: Tensor, fraction: float) -> np.ndarray:
 
 
 def _plain(component: Any) -> dict[str, Any]:
-    if not dataclasses.is_dataclass(component):  # a data set of the user's own, handed over as an object
-        return {}
-    return json.loads(json.dumps(dataclasses.asdict(component), default=str))
+    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+        return {}  # a data set of the user's own, handed over as an object
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(component), default=str))
+    return plain
 
 
 def _short(value: Any) -> str:

@@ -40,7 +40,7 @@ def deprecated(*, since: str, instead: str) -> Callable[[Called], Called]:
 
     def mark(called: Called) -> Called:
         if isinstance(called, type):
-            start = called.__init__
+            start = called.__init__  # type: ignore[misc]
 
             @functools.wraps(start)
             def init(self: Any, *arguments: Any, **keywords: Any) -> None:
@@ -49,7 +49,7 @@ def deprecated(*, since: str, instead: str) -> Callable[[Called], Called]:
                     warn_deprecated(f"{called.__module__}.{called.__qualname__}", since=since, instead=instead)
                 start(self, *arguments, **keywords)
 
-            called.__init__ = init
+            called.__init__ = init  # type: ignore[misc]
             return called
 
         @functools.wraps(called)

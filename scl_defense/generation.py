@@ -114,7 +114,7 @@ def _opener(saved: Callable[[str], nn.Module] | None, context: Context, precisio
     return open_once
 
 
-def _lent(forward: Any, precision: str) -> Any:
+def _lent(forward: Callable[[Tensor], Tensor], precision: str) -> Callable[[Tensor], Tensor]:
     def passes(images: Tensor) -> Tensor:
         with autocast(images.device, precision):
             return forward(images).float()
@@ -127,7 +127,7 @@ def centres(views: Tensor, count: int) -> Tensor:
     return views[[place % len(views) for place in range(count)]]
 
 
-def check_adversarial(adversarial: Any, views: Tensor, threat: ThreatModel, who: str) -> Tensor:
+def check_adversarial(adversarial: object, views: Tensor, threat: ThreatModel, who: str) -> Tensor:
     """The contract of a generator's output, on every batch. Raises :class:`ComponentError` with the measured fault.
 
     adversarial: (A, N, C, H, W), view a around ``views[a % V]``; views: (V, N, C, H, W).

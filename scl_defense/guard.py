@@ -36,11 +36,11 @@ def frozen(*modules: nn.Module, training: bool = False) -> Iterator[None]:
             for (parameter, needed, grad), values in zip(parameters, kept_grads, strict=True):
                 parameter.requires_grad_(needed)
                 parameter.grad = grad
-                if grad is not None:
+                if grad is not None and values is not None:
                     grad.copy_(values)
             for module, name, buffer, values in buffers:
                 module._buffers[name] = buffer  # forward may have replaced it: self.seen = self.seen + 1
-                if buffer is not None:
+                if buffer is not None and values is not None:
                     buffer.copy_(values)
 
 

@@ -21,7 +21,11 @@ FEW = 256
 
 
 def unit(embed: Tensor) -> Tensor:
-    """Rows divided by their L2 length (at least 1e-6), in float32 or wider."""
+    """Rows divided by their L2 length (at least 1e-6), in float32 or wider.
+
+    >>> unit(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
     wide = embed if embed.dtype == torch.float64 else embed.float()
     return F.normalize(wide, dim=-1, eps=NORM_FLOOR)
 
@@ -37,6 +41,10 @@ def supcon(embed: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     positive: the loss is 0 (with a graph, so that backward works).
 
     embed: (R, D) all views stacked; labels: (R,) integers, a view's label repeated; temperature > 0. Returns a scalar.
+
+    >>> rows = torch.eye(2).repeat(2, 1)  # two views of two classes: log(e + 2) - 1
+    >>> supcon(rows, torch.tensor([0, 1, 0, 1]), temperature=1)
+    tensor(0.5514)
     """
     _check_rows(embed, labels)
     if len(embed) < 2:
@@ -57,6 +65,9 @@ def ntxent(views: Tensor, temperature: float = 0.5) -> Tensor:
 
     views: (V, N, D) embeddings, V >= 2. With V = 2 this is SimCLR's loss over both directions and 2N anchors; with
     more views the log-probabilities of an anchor's V - 1 positives are averaged. Returns a scalar.
+
+    >>> ntxent(torch.eye(2).repeat(2, 1, 1), temperature=1)  # log(e + 2) - 1
+    tensor(0.5514)
     """
     if views.dim() != 3 or views.shape[0] < 2:
         raise ValueError(f"ntxent needs embeddings (V, N, D) of at least two views, not {tuple(views.shape)}")
@@ -74,6 +85,9 @@ def margin(embed: Tensor, labels: Tensor, gap: float = 1.0) -> Tensor:
         L = mean_{i != j} [ y_i = y_j ] d^2 + [ y_i != y_j ] max(0, gap - d)^2
 
     (the paper's factor 1/2 is left to the loss weight). embed: (R, D); labels: (R,); gap in (0, 2]. Returns a scalar.
+
+    >>> margin(torch.eye(2), torch.tensor([0, 0])), margin(torch.eye(2), torch.tensor([0, 1]))
+    (tensor(2.), tensor(0.))
     """
     _check_rows(embed, labels)
     z = unit(embed)
@@ -96,6 +110,9 @@ def infonce(
     Separable in i: no row's value depends on another row of ``embed``. embed, references: (N, D), N >= 2;
     exclude: (N, N) bool, pairs left out of the sum (false negatives), never the diagonal. Returns (N,) in float32.
     ``embed`` may be some of the rows, (n, D), those whose references begin at ``first``; exclude is then (n, N).
+
+    >>> infonce(torch.eye(2), torch.eye(2), temperature=1)  # log(e + 1) - 1
+    tensor([0.3133, 0.3133])
     """
     if len(references) < 2:
         raise ValueError("infonce needs at least two images: with one there is no negative and no gradient")
@@ -224,6 +241,9 @@ def kl(logits: Tensor, other: Tensor) -> Tensor:
     """Kullback-Leibler divergence of two classifiers' outputs, KL(p || q) = sum_k p_k log(p_k / q_k), one value a row.
 
     logits: (N, K) of p; other: (N, K) of q. Returns (N,) in float32 or wider.
+
+    >>> kl(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]).log())  # p = (1/2, 1/2), q = (1/4, 3/4)
+    tensor([0.1438])
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     p, q = F.log_softmax(logits.to(wide), dim=1), F.log_softmax(other.to(wide), dim=1)

@@ -14,6 +14,9 @@ from scl_defense.errors import ComponentError
 class Normalize(nn.Module):
     """(images - mean) / std per channel, as the first layer; mean and std travel in the state dict."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         if len(mean) != len(std) or any(not value > 0 for value in std):
@@ -52,8 +55,10 @@ class Network(nn.Module):
         self.normalize = Normalize(mean, std)
         self.encoder = encoder
         layers: list[nn.Module] = []
+        before = width
         for size in projection:
-            layers += [nn.Linear(width if not layers else layers[-2].out_features, size), nn.ReLU()]
+            layers += [nn.Linear(before, size), nn.ReLU()]
+            before = size
         self.projector = nn.Sequential(*layers[:-1])  # no ReLU after the last; empty: the identity
         self.classifier = nn.Linear(width, num_classes)
         # The clean branch lies outside the encoder, whose own state is thus a plain network's: nothing to convert.
@@ -76,12 +81,12 @@ class Network(nn.Module):
         """Inside, the encoder uses the batch-norm branch ``adv`` or ``clean`` (the same when there is only one)."""
         if name not in ("adv", "clean"):
             raise ComponentError(f"there is no batch-norm branch '{name}'; it is adv or clean")
-        kept: list[tuple[nn.Module, str, nn.Module]] = []
-        for path, norm in self.clean_norms.items() if name == "clean" else ():
+        kept: list[tuple[nn.Module, str, nn.Module | None]] = []
+        for path, clean in self.clean_norms.items() if name == "clean" else ():
             parent, _, last = path.replace("/", ".").rpartition(".")
             owner = self.encoder.get_submodule(parent)
             kept.append((owner, last, owner._modules[last]))
-            owner._modules[last] = norm
+            owner._modules[last] = clean
         try:
             yield
         finally:
@@ -94,15 +99,18 @@ class Network(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> (N, D)."""
-        return self.encoder(self.normalize(images))
+        features: Tensor = self.encoder(self.normalize(images))
+        return features
 
     def embed(self, images: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> the space of the contrastive loss, not normalised."""
-        return self.projector(self.features(images))
+        embedded: Tensor = self.projector(self.features(images))
+        return embedded
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> (N, K)."""
-        return self.classifier(self.features(images))
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(images)
@@ -150,11 +158,11 @@ class Twin:
             mine.lerp_(theirs.detach(), 1 - momentum)
         self.updates += 1
         if self.statistics == "averaged":
-            for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
-                if mine.is_floating_point():
-                    mine.lerp_(theirs, 1 - momentum)
+            for kept, seen in zip(self.network.buffers(), network.buffers(), strict=True):
+                if kept.is_floating_point():
+                    kept.lerp_(seen, 1 - momentum)
                 else:
-                    mine.copy_(theirs)
+                    kept.copy_(seen)
             return
         self.network.train()
         for branch in self.network.branches:

@@ -12,11 +12,11 @@ from scl_defense.config import TrainConfig
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum, as the recipe says, over what asks for a gradient."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
+    lr, decay = config.peak_lr, config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
     momentum = config.momentum
-    return torch.optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, **settings)
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, nesterov=momentum > 0)
 
 
 @contextmanager

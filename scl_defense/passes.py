@@ -25,7 +25,7 @@ def counted(*encoders: nn.Module) -> Iterator[Passes]:
     """
     passes = Passes()
 
-    def count(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         passes.forwards += len(output)
         passes.backwards += len(output) * output.requires_grad
 

@@ -12,7 +12,8 @@ from typing import Any
 from scl_defense import checkpoint
 from scl_defense.config import TrainConfig, train_config
 from scl_defense.errors import UserError, nearest
-from scl_defense.train import TrainResult, train
+from scl_defense.train import Event, train
+from scl_defense.trained import TrainResult
 
 # Every protocol begins with a linear probe on the encoder's clean features.
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -49,12 +50,20 @@ def finetune_config(path: str | Path, protocol: str, **overrides: Any) -> TrainC
     return train_config(recipe)
 
 
-def finetune(path: str | Path, protocol: str = "slf", *, on_event: Any = None, **overrides: Any) -> TrainResult:
+def finetune(
+    path: str | Path, protocol: str = "slf", *, on_event: Event | None = None, **overrides: Any
+) -> TrainResult:
     """Judge the encoder of a checkpoint; the command ``scl-defense finetune`` is this call.
 
     path: a checkpoint of this project. protocol: ``slf`` (standard linear: logistic regression on frozen clean
     features), ``alf`` (adversarial linear: PGD training of the head, frozen encoder) or ``aff`` (adversarial full:
     TRADES on the whole network). An ordinary run: ``best.pt`` is benchmarked like any other. overrides: fields of
     :class:`TrainConfig`. Raises :class:`UserError`.
+
+    >>> import scl_defense
+    >>> run = scl_defense.train(generator="none", trainer="cross-entropy", epochs=1, limit=64,
+    ...                         batch_size=32, val_limit=32, val_steps=1)
+    >>> scl_defense.finetune(run.best, "slf").epochs
+    1
     """
     return train(finetune_config(path, protocol, **overrides), on_event=on_event)

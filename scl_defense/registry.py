@@ -49,11 +49,11 @@ class Entry:
             return self.target
         module, _, attribute = self.target.partition(":")
         try:
-            if module in sys.modules or self.owner.name == OURS:
-                return getattr(import_module(module), attribute)
-            with contained(self.owner.name) as own:
-                own.add(module)
-                return getattr(import_module(module), attribute)
+            if module not in sys.modules and self.owner.name != OURS:
+                with contained(self.owner.name) as own:
+                    own.add(module)
+                    import_module(module)
+            found: type = getattr(import_module(module), attribute)
         except Uncontained:
             raise
         except Exception as error:
@@ -61,6 +61,7 @@ class Entry:
                 f"{self.kind} '{self.name}' of {self.owner} cannot be imported from {self.target}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
+        return found
 
 
 class Registry:

@@ -126,10 +126,11 @@ def _check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 def _lacking(content: Mapping[str, Any]) -> str | None:
     """The first entry without which nothing can go on, or that is of another kind; ``None``: all are there."""
     numbers = {name: (float, int) for name in ("clean", "robust", "epoch", "images")}
-    for name, kind in {
+    kinds: dict[str, type | tuple[type, ...]] = {
         "optimizer": dict, "data_sha256": str, "generator": str, "epoch": int, "step": int, "sums": dict, "best": dict,
         "seconds": (float, int),
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, kind in kinds.items():
         if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
             return name
     if content["epoch"] < 0 or content["step"] < 0 or not isinstance(content.get("stopped", False), bool):

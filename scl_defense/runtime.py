@@ -60,7 +60,8 @@ def autocast(device: torch.device, precision: str) -> Any:
 @contextmanager
 def repeatable(precision: str) -> Iterator[None]:
     """Inside, float32 means float32 (``fp32``: no TF32 on CUDA) and cuDNN takes its deterministic algorithms."""
-    convolutions, products, cudnn = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
+    convolutions, products = cudnn.conv, torch.backends.cuda.matmul
     before = convolutions.fp32_precision, products.fp32_precision, cudnn.deterministic, cudnn.benchmark
     if precision == "fp32":
         convolutions.fp32_precision = products.fp32_precision = "ieee"

@@ -102,6 +102,11 @@ def generate_examples(
 
     Raises :class:`UserError` for a wrong recipe, and for a generator that follows the network in training or makes
     other than one view.
+
+    >>> import scl_defense
+    >>> plan = scl_defense.generate_examples(generator="corner-noise", dry_run=True)
+    >>> plan["images"]
+    1437
     """
     host = host or default_host(plugins)
     recipe = construct(ExamplesRecipe, options, "generate")

@@ -22,7 +22,11 @@ L1_SHARE = 0.01
 
 
 def parse_eps(text: str | float | int) -> Fraction:
-    """``"8/255"``, ``"0.1"`` or a number as an exact fraction. Raises :class:`UserError` unless finite and >= 0."""
+    """``"8/255"``, ``"0.1"`` or a number as an exact fraction. Raises :class:`UserError` unless finite and >= 0.
+
+    >>> parse_eps("8/255"), parse_eps(0.1)
+    (Fraction(8, 255), Fraction(1, 10))
+    """
     written = str(text).strip()
     if len(written) > 50 or not _NUMBER.fullmatch(written):
         raise UserError(f"eps {written[:50]!r} is not a radius; it must be >= 0 and written like 8/255 or 0.1")
@@ -42,14 +46,22 @@ class ThreatModel:
     ``norm`` is one of ``linf``, ``l2``, ``l1``, ``l0``; ``eps`` is kept as written (``"8/255"``) and compared as a
     number. Under L0 it counts pixels: a pixel with one changed channel is a changed pixel. Raises :class:`UserError`
     for an unknown norm, a negative eps, an Linf eps above 1 (the whole box), or a broken number of pixels.
+
+    >>> threat = ThreatModel("linf", "0.1")
+    >>> images = torch.tensor([0.0, 0.5]).view(1, 1, 1, 2)
+    >>> threat.project(images, images + torch.tensor([0.5, -0.02])).flatten()
+    tensor([0.1000, 0.4800])
+    >>> str(threat), threat == ThreatModel("linf", "1/10")
+    ('linf:0.1', True)
     """
 
     norm: str
     eps: str
 
     def __eq__(self, other: object) -> bool:
-        same_kind = isinstance(other, ThreatModel)
-        return same_kind and (self.norm, parse_eps(self.eps)) == (other.norm, parse_eps(other.eps))
+        if not isinstance(other, ThreatModel):
+            return False
+        return (self.norm, parse_eps(self.eps)) == (other.norm, parse_eps(other.eps))
 
     def __hash__(self) -> int:
         return hash((self.norm, parse_eps(self.eps)))
@@ -204,7 +216,7 @@ class ThreatModel:
         noise = _normal(images.shape, images, rng)
         if self.norm == "linf":
             return noise.sign()
-        length = noise.flatten(1).norm(p=1 if self.norm == "l1" else 2, dim=1).clamp(min=1e-12)
+        length: Tensor = noise.flatten(1).norm(p=1 if self.norm == "l1" else 2, dim=1).clamp(min=1e-12)
         return noise / length.view(-1, 1, 1, 1)
 
     def steepest(self, gradient: Tensor, adversarial: Tensor) -> Tensor:
@@ -222,7 +234,8 @@ class ThreatModel:
         if self.norm == "l2":
             # Scaled first: the squares of tiny gradients underflow.
             flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=torch.finfo(flat.dtype).tiny)
-            return (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)).view_as(gradient)
+            unit: Tensor = (flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)).view_as(gradient)
+            return unit
         at = adversarial.flatten(1)
         movable = torch.where(flat > 0, at < 1, at > 0)
         size = flat.abs() * movable

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -60,33 +60,28 @@ from scl_defense.sharing import (
     with_shared_norms,
 )
 from scl_defense.threat import ThreatModel
+from scl_defense.trained import TrainResult
 from scl_defense.types import Context, StepOutput
 
 CALIBRATION = 256  # images that model-free generators may measure their feature space on
 Event = Callable[[Mapping[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run left behind. ``clean`` and ``robust``: validation accuracies of the best checkpoint.
-
-    forwards, backwards: image passes through the encoder per training image of an epoch, generator and trainer
-    together (:mod:`scl_defense.passes`): the cost of the method in units that do not depend on the machine.
-    """
-
-    run_dir: Path
-    best: Path
-    last: Path
-    epochs: int
-    best_epoch: int
-    clean: float
-    robust: float
-    threat: ThreatModel
-    seconds: float
-    forwards: float
-    backwards: float
-
-
+@overload
+def train(
+    config: TrainConfig | None = None,
+    *,
+    resume: str | Path | None = None,
+    plugins: Sequence[str | Path] = (),
+    host: PluginHost | None = None,
+    on_event: Event | None = None,
+    dry_run: Literal[False] = False,
+    **options: Any,
+) -> TrainResult: ...
+@overload
+def train(config: TrainConfig | None = None, *, dry_run: Literal[True], **options: Any) -> dict[str, Any]: ...
+@overload
+def train(config: TrainConfig | None = None, *, dry_run: bool, **options: Any) -> Any: ...
 def train(
     config: TrainConfig | None = None,
     *,
@@ -96,7 +91,7 @@ def train(
     on_event: Event | None = None,
     dry_run: bool = False,
     **options: Any,
-) -> Any:
+) -> TrainResult | dict[str, Any]:
     """Train one network; the command ``scl-defense train`` is this call.
 
     Give a :class:`TrainConfig`, or its fields as keywords (``train(generator="pgd", epochs=5)``), or ``resume`` with
@@ -107,6 +102,12 @@ def train(
 
     Under ``torchrun`` every process makes this call, with the same arguments; together they are one run with the same
     batches (see docs/distributed.md). Process 0 alone writes, logs and is told of events; all return the result.
+
+    >>> import scl_defense
+    >>> run = scl_defense.train(trainer="cross-entropy", generator="pgd", generator_options={"steps": 1}, epochs=1,
+    ...                         limit=64, batch_size=32, val_limit=32, val_steps=1)
+    >>> run.best.name, [line["epoch"] for line in run.history()]
+    ('best.pt', [0])
     """
     host = host or default_host(plugins)
     state = None
@@ -148,7 +149,7 @@ class Run:
         self.trainer = make(host, "trainer", config.trainer, config.trainer_options)
         config = with_generator(config, host)
         self.config, self.host, self.on_event, self.progress = config, host, on_event, Progress()
-        self.generator = make_generator(host, config.generator, config.generator_options)
+        self.generator = make_generator(host, str(config.generator), config.generator_options)
         model = make(host, "model", config.model, config.model_options)
         self.loggers = [make(host, "logger", name) for name in config.logger]
         self.device = select_device(config.device)
@@ -245,7 +246,7 @@ class Run:
                 if not self.train_epoch(stop):
                     self.save(run_dir / "last.pt")
                     command = f"scl-defense train --resume {shlex.quote(str(run_dir))}"
-                    raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum)
+                    raise Interrupted(f"stopped and saved; go on with: {command}", stop.signum or 15)
                 record = self.finish_epoch(run_dir, log)
                 self.on_event({"event": "epoch", "epochs": self.config.epochs, **record})
         finally:

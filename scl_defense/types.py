@@ -115,22 +115,26 @@ class Context:
     @property
     def embed(self) -> Callable[[Tensor], Tensor]:
         """(N, C, H, W) -> (N, D): the encoder in training with its projector, frozen, in eval mode."""
-        return self._grant("embed")
+        embed: Callable[[Tensor], Tensor] = self._grant("embed")
+        return embed
 
     @property
     def logits(self) -> Callable[[Tensor], Tensor]:
         """(N, C, H, W) -> (N, K): the classifier in training, frozen, in eval mode."""
-        return self._grant("logits")
+        logits: Callable[[Tensor], Tensor] = self._grant("logits")
+        return logits
 
     @property
     def labels(self) -> Tensor:
         """(N,) int64."""
-        return self._grant("labels")
+        labels: Tensor = self._grant("labels")
+        return labels
 
     @property
     def checkpoint(self) -> Callable[[str], Callable[[Tensor], Tensor]]:
         """path -> ((N, C, H, W) -> (N, D)): the encoder of a saved checkpoint, frozen, in eval mode; it never moves."""
-        return self._grant("checkpoint")
+        checkpoint: Callable[[str], Callable[[Tensor], Tensor]] = self._grant("checkpoint")
+        return checkpoint
 
     def stream(self, purpose: str, redraw: Literal["never", "epoch", "step"] = "never") -> torch.Generator:
         """A generator that is the same whenever asked for again: of the run, of this epoch, or of this step."""

@@ -19,11 +19,11 @@ BENCHMARKS = ROOT / "benchmarks" / "scl_defense_benchmarks"
 ORDER = (
     ("errors", "deprecation", "launcher", "draws", "blocks"),
     ("containment",),
-    ("threat", "losses", "registry", "hookspecs", "guard", "folding", "runtime"),
+    ("threat", "losses", "registry", "hookspecs", "guard", "folding", "runtime", "shown"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
     ("sharing",),
-    ("checkpoint", "probe", "logs", "generation", "optim", "schedules", "passes", "recovery"),
+    ("checkpoint", "probe", "logs", "generation", "optim", "schedules", "passes", "recovery", "trained"),
     ("compose", "mixture", "replay", "stored"),
     ("runstate",),
     ("train",),

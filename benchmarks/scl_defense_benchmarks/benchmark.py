@@ -110,6 +110,14 @@ def benchmark(
     Raises :class:`UserError` before anything is attacked: no data, a checkpoint that does not fit the data, a
     battery that cannot be planned. An attack that cannot work here is left out, and the result says why; one that
     fails later becomes a row of it.
+
+    >>> import scl_defense, torch
+    >>> images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> labels = network(images).argmax(1)
+    >>> result = scl_defense.benchmark(network, images, labels, attacks="native:fgsm", eps=0.1, probes="none")
+    >>> result.clean_accuracy, result.worst_case.robust_accuracy < 1, result.row("native:fgsm").status
+    (1.0, True, 'ok')
     """
     if surrogate_model is not None and surrogate is None:
         raise UserError("surrogate_model is the network of a surrogate; name its file too (--surrogate)")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scl_defense.errors import UserError
+from scl_defense.shown import Table, to_frame
 from scl_defense_benchmarks.diagnostics import Flag
 from scl_defense_benchmarks.statistics import Interval
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
+    from matplotlib.figure import Figure
 
 SCHEMA = "scl-defense-result/1"
 
@@ -177,22 +177,25 @@ class EvaluationResult:
         """No attack was stopped by the time limit."""
         return all(row.status != "not run" for row in self.attacks)
 
-    def table(self, width: int = 100) -> str:
-        """The table and the flags as plain text, ``width`` columns wide (80 or more)."""
-        import io
+    def table(self, width: int = 100) -> Table:
+        """The table and the flags, as text ``width`` columns wide (80 or more); HTML in a notebook."""
+        from scl_defense_benchmarks.display import table
 
-        from rich.console import Console
+        return table(self, width)
 
-        console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
-        console.print(render(self))
-        return console.file.getvalue()
+    def figure(self) -> "Figure":
+        """Accuracy under each attack with its interval and, where a curve was measured, accuracy against eps."""
+        from scl_defense_benchmarks.display import figure
+
+        return figure(self)
+
+    def _repr_html_(self) -> str:
+        from scl_defense_benchmarks.display import html
+
+        return html(self)
 
     def to_frame(self) -> Any:
         """A pandas ``DataFrame`` with a row an attack. Raises :class:`UserError` without pandas, which is optional."""
-        try:
-            import pandas
-        except ImportError:
-            raise UserError("to_frame needs pandas, which is not installed: pip install pandas") from None
         lists = ("outcomes", "distances", "predictions", "queries", "options", "violations", "interval")
         rows = []
         for row in self.attacks:
@@ -200,7 +203,14 @@ class EvaluationResult:
             low, high = row.interval or (None, None)
             violations = {f"outside_{name}": count for name, count in row.violations.items()}
             rows.append({**plain, "low": low, "high": high, **violations})
-        return pandas.DataFrame(rows)
+        return to_frame(rows)
+
+    @staticmethod
+    def load(path: str | Path) -> "EvaluationResult":
+        """The result in a file that ``benchmark`` wrote. Raises :class:`UserError` for any other file."""
+        from scl_defense_benchmarks.report.read import read_result
+
+        return read_result(path)
 
     def save(self, path: str | Path) -> None:
         """Write ``FILE.json``, the whole result, or ``FILE.csv``, a line an attack and image (:func:`per_image`)."""
@@ -324,83 +334,3 @@ def _lines(value: Any, indent: str = "") -> Iterator[str]:
         yield f"\n{indent}]"
     else:
         yield json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def render(result: EvaluationResult) -> "Group":
-    """The table and the flags, for a rich console of 80 columns or more."""
-    from rich.console import Group
-    from rich.text import Text
-
-    parts: list[Any] = [_table(result)]
-    how = ", a cascade: each attack on what is left" if result.mode == "cascade" else ""
-    about = f"n = {result.n} test images{how}, seed {result.seed}, 95 % Wilson intervals, worst case per image"
-    if result.data:
-        about = f"{result.data['name']}: {about}"
-    parts.append(Text(about, style="dim"))
-    conclusion = result.conclusion
-    style = {"trustworthy": "bold green", "upper-bound": "bold yellow"}.get(conclusion.kind, "bold red")
-    parts.append(Text("The worst case is ").append(f"{conclusion.text}.", style=style))
-    for row in result.attacks:
-        if row.minimal and row.median_distance is not None:
-            parts.append(
-                Text(
-                    f"{row.label}: finds a wrong label for {row.found} of {row.attacked}, "
-                    f"median {row.norm} distance {row.median_distance:.3g}",
-                    style="dim",
-                )
-            )
-    shares = [(row.label, row.survive_rounding) for row in result.attacks]
-    told = ", ".join(f"{label} {share:.0%}" for label, share in shares if share is not None)
-    if told:
-        parts.append(Text(f"examples that still fool after rounding to 8 bits: {told}", style="dim"))
-    for row in result.attacks:
-        if row.status == "not run":
-            parts.append(Text(f"{row.label}: not run: {row.note}", style="yellow"))
-    for one in result.left_out:
-        parts.append(Text(f"{one['label']} is left out of '{one['tier']}': {one['reason']}", style="dim"))
-    from scl_defense_benchmarks import diagnostics
-
-    for flag in (*result.flags, *diagnostics.notes(result)):
-        about = ", ".join([flag.severity, *flag.attacks])
-        style = {"error": "bold red", "warning": "yellow"}.get(flag.severity, "dim")
-        line = Text(f"flag {flag.id} ({about}): ", style=style)
-        parts.append(line.append(f"{flag.what} {flag.why} {flag.remedy}", style="default"))
-    return Group(*parts)
-
-
-def _table(result: EvaluationResult) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("attack", overflow="fold", min_width=10)
-    table.add_column("ball", overflow="fold", min_width=8)
-    table.add_column("accuracy %", justify="right", no_wrap=True)
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("broken", justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    wrong = result.n - result.clean_correct
-    table.add_row("none (clean)", "", *_numbers(result.clean_accuracy, result.clean_interval), str(wrong), "")
-    style = {"ok": "green", "doubtful": "yellow", "invalid": "bold red", "failed": "bold red", "not run": "yellow"}
-    for row in result.attacks:
-        table.add_row(
-            Text(row.label),
-            f"{row.norm}:{row.eps}",
-            *_numbers(row.robust_accuracy, row.interval),
-            str(row.broken),
-            Text(row.status, style=style[row.status]),
-        )
-    table.add_section()
-    for case in result.worst_cases:
-        numbers = _numbers(case.robust_accuracy, case.interval)
-        status = Text("" if case.robust_accuracy is not None else "unknown", style="bold red")
-        ball = f"{case.norm}:{case.eps}"
-        table.add_row("worst case", ball, *numbers, str(case.broken), status, style="bold")
-    return table
-
-
-def _numbers(accuracy: float | None, interval: Interval | None) -> tuple[str, str]:
-    if accuracy is None or interval is None:
-        return "-", "-"
-    return f"{100 * accuracy:.1f}", f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"

@@ -23,6 +23,9 @@ COMMANDS = {
     "generate": ("scl_defense.cli.generate", "Make adversarial examples once and store them for training."),
     "finetune": ("scl_defense.cli.finetune", "Judge a trained encoder by a fixed protocol: SLF, ALF or AFF."),
     "report": ("scl_defense.cli.report", "One page to send to others: of a result, of several, of a study."),
+    "export": ("scl_defense.cli.export", "The network as a graph for other programs: torch.export, ONNX."),
+    "push": ("scl_defense.cli.push", "Share a checkpoint on the Hugging Face Hub, with a card."),
+    "pull": ("scl_defense.cli.pull", "Fetch a checkpoint from the Hugging Face Hub."),
     "plugins": ("scl_defense.cli.plugins", "What is installed and from where; the contract test; a new one."),
     "info": ("scl_defense.cli.info", "What a checkpoint holds."),
     "doctor": ("scl_defense.cli.doctor", "What this installation has, what is missing, what does not fit."),
@@ -42,7 +45,8 @@ class LazyGroup(click.Group):
         if name in COMMANDS:
             if name not in TOGETHER and launched() is not None:
                 raise UserError(f"'{name}' runs in one process; start it without torchrun")
-            return import_module(COMMANDS[name][0]).command
+            command: click.Command = import_module(COMMANDS[name][0]).command
+            return command
         return self._with_plugins().commands.get(name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -181,4 +181,4 @@ def _show(result: Any) -> None:
     from importlib import import_module
 
     # The benchmark layer draws its own table; it is named here, never known.
-    common.console().print(import_module(type(result).__module__).render(result))
+    common.console().print(import_module("scl_defense_benchmarks.display").render(result))

@@ -185,7 +185,7 @@ def thread_findings(available: float, asked: str | None, used: int | None) -> li
 
 
 def _devices(torch: Any, findings: list[Finding]) -> list[dict[str, Any]]:
-    found = [{"device": "cpu", "name": _cpu_name(), "memory_gib": _memory_gib()}]
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": _cpu_name(), "memory_gib": _memory_gib()}]
     has_card = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

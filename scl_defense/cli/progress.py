@@ -13,7 +13,9 @@ class _Bar:
     before, after = "{task.description}", ""
 
     def __init__(self, quiet: bool):
-        self._quiet, self._bar, self._task = quiet, None, None
+        self._quiet = quiet
+        self._bar: Any = None  # rich is imported where there is something to draw
+        self._task: Any = None
         self._console = common.console(stderr=True)
 
     def __enter__(self) -> Self:

@@ -1,6 +1,5 @@
 """``scl-defense study``: names the benchmark layer, never knows it; draws the one screen of a running study."""
 
-import dataclasses
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -70,7 +69,7 @@ def command(
     if report or (report is None and not quiet and not as_json):
         page = common.write_page(result.out)
     if as_json:
-        common.print_json({**dataclasses.asdict(result), "out": str(result.out), "files": list(map(str, result.files))})
+        common.print_json(result.to_json())
     else:
         _show(result)
         if page is not None:
@@ -129,37 +128,16 @@ def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
 
 def _show(result: Any) -> None:
     """A short table on the screen; everything else is in the files."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", overflow="fold")
-    for title in ("seeds", "clean %", "worst case %", "to baseline"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in result.table:
-        numbers = [_mean(row.get(name), row.get(f"{name} sd")) for name in ("clean", "worst case")]
-        found = "" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
-        label = f"{row['context']}: {row['label']}" if row["context"] else row["label"]
-        table.add_row(label, str(row["seeds"]), *numbers, found)
-    common.console().print(table)
-    for cell, why in result.failed.items():
-        click.echo(f"failed: {cell}: {why}")
-    if result.missing:
-        click.echo(f"not run: {len(result.missing)} cells")
+    click.echo(result.table(common.console().width), nl=False)
     click.echo(f"results: {result.out / 'table.md'}, {result.out / 'summary.md'}, {result.out / 'figures'}")
-
-
-def _mean(mean: float | None, sd: float | None) -> str:
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
 
 
 class Screen:
     """Told of everything that happens in a study: one live view on a terminal, a line a finished cell elsewhere."""
 
     def __init__(self, quiet: bool):
-        self._quiet, self._live = quiet, None
+        self._quiet = quiet
+        self._live: Any = None  # rich is imported where there is something to draw
         self._console = common.console(stderr=True)
         self._running: dict[str, dict[str, Any]] = {}
         self._cells = self._before = self._left = self._done = self._failed = self._jobs = 0

@@ -256,9 +256,10 @@ def _needs_dataclass(cls: type) -> None:
 def _json_options(component: Any) -> dict[str, Any]:
     _needs_dataclass(type(component))
     try:
-        return json.loads(json.dumps(dataclasses.asdict(component), allow_nan=False))
+        options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(component), allow_nan=False))
     except (TypeError, ValueError):
         raise NotApplicable from None  # check_options_are_plain_data says so
+    return options
 
 
 COMPONENT_CHECKS: tuple[Check, ...] = (

@@ -49,7 +49,7 @@ class _Spy:
         self.moved: list[str] = []
 
     def __call__(self, batch: Any, context: Context) -> Tensor:
-        none = batch.views[:0].clone()
+        none: Tensor = batch.views[:0].clone()
         before = [network_state(network) for network in self.lent]
         with settings_kept(), global_state_watched() as self.moved:
             self.output = self.generator(batch, context)

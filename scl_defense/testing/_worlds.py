@@ -62,7 +62,8 @@ class TinyEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.dropout(F.relu(self.norm(self.conv(images))))
-        return self.linear(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+        features: Tensor = self.linear(F.adaptive_avg_pool2d(maps, 2).flatten(1))
+        return features
 
 
 def tiny_encoder(channels: int, *, dropout: float = 0.0, seed: int = 0) -> TinyEncoder:
@@ -103,7 +104,8 @@ class LinearEncoder(nn.Module):
         self.linear = nn.Linear(pixels, features, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear(images.flatten(1))
+        features: Tensor = self.linear(images.flatten(1))
+        return features
 
 
 def linear_network(shape: Shape, classes: int, *, seed: int = 0) -> Network:
@@ -121,14 +123,15 @@ def linear_network(shape: Shape, classes: int, *, seed: int = 0) -> Network:
 def slopes(network: Network) -> Tensor:
     """(K, C * H * W): how the logits of a linear network grow with the pixels (std is 1)."""
     encoder: Any = network.encoder
-    return network.classifier.weight.detach() @ encoder.linear.weight.detach()
+    weight: Tensor = encoder.linear.weight.detach()
+    return network.classifier.weight.detach() @ weight
 
 
 def margins(network: Network, images: Tensor, labels: Tensor) -> Tensor:
     """max_{j != y} logit_j - logit_y, (N,): positive where the label is wrong."""
     with torch.no_grad():
-        logits = network(images)
-    own = logits.gather(1, labels[:, None])
+        logits: Tensor = network(images)
+    own: Tensor = logits.gather(1, labels[:, None])
     return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own.squeeze(1)
 
 

@@ -43,7 +43,8 @@ class Trials:
 
     def encoder(self, shape: tuple[int, int, int] = LARGE, seed: int = 0) -> nn.Module:
         seed_globals(seed)
-        return self.component(shape)
+        encoder: nn.Module = self.component(shape)
+        return encoder
 
     def used(self, shape: tuple[int, int, int] = LARGE, seed: int = 0) -> nn.Module:
         """In eval mode, with batch statistics that are no longer those of the start."""

@@ -51,7 +51,8 @@ class Trials:
     def network(self, seed: int = 0) -> Network:
         encoder = worlds.tiny_encoder(1, seed=seed)
         torch.manual_seed(seed)  # the heads, as in a run
-        return self.component.build(encoder, worlds.CLASSES, MEAN, STD).train()
+        network: Network = self.component.build(encoder, worlds.CLASSES, MEAN, STD)
+        return network.train()
 
     def batch(self, count: int = 8, seed: int = 0) -> Batch:
         return worlds.batch_of(count, views=self.views, seed=seed)
@@ -62,7 +63,8 @@ class Trials:
 
     def step(self, network: Network, batch: Batch, count: int = 1, shift: float = 0.1) -> StepOutput:
         """One step with ``count`` adversarial views, made by moving every pixel by ``shift``."""
-        return self.component.step(network, batch, adversarial_of(batch, count, shift))
+        output: StepOutput = self.component.step(network, batch, adversarial_of(batch, count, shift))
+        return output
 
     @cached_property
     def repeatable(self) -> bool:

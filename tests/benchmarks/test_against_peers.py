@@ -1,6 +1,6 @@
 """Against the official AutoAttack, Foolbox and adversarial-library themselves; each skipped where it is not installed.
 
-``pip install "scl-defense[pyautoattack]" "scl-defense-peers[foolbox,advlib]"``; the peers' own parameters throughout.
+``pip install "scl-defense[pyautoattack]" scl-defense-foolbox scl-defense-advlib``; their own parameters throughout.
 """
 
 import sys
@@ -17,14 +17,17 @@ from scl_defense.plugins import PluginHost
 from scl_defense.threat import ThreatModel
 
 pytestmark = pytest.mark.slow
-PEERS = Path(__file__).resolve().parents[2] / "plugins" / "scl-defense-peers"
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+PEERS = ("foolbox", "advlib")
 
 
 @pytest.fixture
 def peers(monkeypatch):
-    monkeypatch.syspath_prepend(PEERS)
-    yield PEERS / "scl_defense_peers" / "hooks.py"
-    for name in [name for name in sys.modules if name.partition(".")[0] == "scl_defense_peers"]:
+    for library in PEERS:
+        monkeypatch.syspath_prepend(PLUGINS / f"scl-defense-{library}")
+    yield [PLUGINS / f"scl-defense-{library}" / f"scl_defense_{library}" / "hooks.py" for library in PEERS]
+    packages = {f"scl_defense_{library}" for library in PEERS}
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
 
 
@@ -70,7 +73,7 @@ def median_distance(attack, network: nn.Module, images, labels, norm, generator)
 
 def of(peers, library, name):
     pytest.importorskip({"foolbox": "foolbox", "advlib": "adv_lib.attacks"}[library])
-    return getattr(__import__(f"scl_defense_peers.{library}_attacks", fromlist=[name]), name)()
+    return getattr(__import__(f"scl_defense_{library}.attacks", fromlist=[name]), name)()
 
 
 @pytest.mark.parametrize("defended", [True, False])
@@ -103,9 +106,9 @@ def test_distances_are_not_worse_than_the_best_of_the_peers(
 
 
 def test_the_peers_agree_with_us_in_the_command(robust, digits, peers):
-    """Foolbox and adversarial-library join ``agreement`` as plugins: deterministic PGD equal, image by image."""
+    """Foolbox joins ``agreement`` as a plugin: deterministic PGD equal, image by image."""
     pytest.importorskip("foolbox")
-    host = PluginHost(files=[hooks.__file__, str(peers)], disabled=["scl-defense"])
+    host = PluginHost(files=[hooks.__file__, str(peers[0])], disabled=["scl-defense"])
     images, labels = right(robust, digits, 48)
     threat = ThreatModel("linf", "0.1")
     found = agreement.agree(robust, images, labels, threat, attacks="pgd:random_start=false", host=host)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 from scl_defense_benchmarks.battery import Plan, PlannedAttack, plan_attacks
+from scl_defense_benchmarks.display import render
 from scl_defense_benchmarks.evaluate import evaluate
 from scl_defense_benchmarks.native import FGSM
-from scl_defense_benchmarks.results import OUTCOMES, SCHEMA, render, write
+from scl_defense_benchmarks.results import OUTCOMES, SCHEMA, write
 from scl_defense_benchmarks.statistics import wilson
 
 from scl_defense.errors import UserError

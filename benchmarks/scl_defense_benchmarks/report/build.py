@@ -46,6 +46,11 @@ def report(
     beside them. images, network: of the one result, where the caller has them: (N, C, H, W) in [0, 1], -> logits.
 
     Raises :class:`UserError`, one line, for what is no result or study, or does not belong together.
+
+    >>> import scl_defense
+    >>> files = scl_defense.report("benchmarks/results/q1-digits", "study.html")
+    >>> files.page.read_text(encoding="utf-8")[:15]
+    '<!DOCTYPE html>'
     """
     given = [sources] if isinstance(sources, str | Path | EvaluationResult | Study) else list(sources)
     out = _target(out)

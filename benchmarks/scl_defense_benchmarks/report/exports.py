@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scl_defense.shown import COLOURS, DASHES, MARKERS, WIDTH, new_figure, styled
 from scl_defense_benchmarks.report.gather import pairings, panels, percent, spanned, verdict_sentence
 from scl_defense_benchmarks.report.read import Source
 from scl_defense_benchmarks.results import EvaluationResult
@@ -193,42 +194,15 @@ def model_info(source: Source) -> str:
 
 def curve_files(sources: Sequence[Source], stem: Path) -> list[Path]:
     """``STEM-curve.png`` and ``.pdf``: accuracy against eps, a panel a norm; nothing where no curve was measured."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from scl_defense.checkpoint import atomic_write_bytes
-    from scl_defense_benchmarks.study.figures import COLOURS, DASHES, MARKERS, STYLE, WIDTH
 
     drawn = curve_lines(sources)
     if not drawn:
         return []
-    # Names come from strangers: a dollar sign must not start mathematics.
-    style: dict[Any, Any] = {**STYLE, "text.parse_math": False}
-    with matplotlib.rc_context(style):
+    with styled():
         entries = max(len(lines) for _, lines in drawn)
-        figure = Figure(figsize=(WIDTH * min(len(drawn), 2), 2.3 + 0.13 * entries), layout="constrained")
-        FigureCanvasAgg(figure)
-        panes = figure.subplots(1, len(drawn), squeeze=False)[0]
-        for pane, (norm, lines) in zip(panes, drawn, strict=True):
-            for place, (name, series) in enumerate(lines):
-                xs = [point.radius for point in series.points]
-                ys = [100 * point.accuracy for point in series.points]
-                look = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "label": name}
-                if series.kind == "minimal":
-                    pane.step(xs, ys, where="post", **look)
-                    continue
-                pane.plot(xs, ys, marker=MARKERS[place % len(MARKERS)], markersize=3, **look)
-                banded = [point for point in series.points if point.low is not None and point.high is not None]
-                if series.kind == "worst" and banded:
-                    pane.fill_between([p.radius for p in banded], [100 * (p.low or 0) for p in banded],
-                                      [100 * (p.high or 0) for p in banded], color=look["color"], alpha=0.15,
-                                      linewidth=0)  # fmt: skip
-            pane.set_xlabel(f"{norm} radius eps (images in [0, 1])")
-            pane.set_ylabel("accuracy (% of test images)")
-            pane.set_ylim(0, 101)
-            pane.set_xlim(left=0)
-            pane.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1)
+        figure = new_figure(WIDTH * min(len(drawn), 2), 2.3 + 0.13 * entries)
+        draw_curves(figure.subplots(1, len(drawn), squeeze=False)[0], drawn)
         made = []
         for end, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
             stream = io.BytesIO()
@@ -237,6 +211,29 @@ def curve_files(sources: Sequence[Source], stem: Path) -> list[Path]:
             atomic_write_bytes(path, stream.getvalue())
             made.append(path)
     return made
+
+
+def draw_curves(panes: Sequence[Any], drawn: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> None:
+    """The lines of :func:`curve_lines` into matplotlib axes, a panel a norm."""
+    for pane, (norm, lines) in zip(panes, drawn, strict=True):
+        for place, (name, series) in enumerate(lines):
+            xs = [point.radius for point in series.points]
+            ys = [100 * point.accuracy for point in series.points]
+            look = {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "label": name}
+            if series.kind == "minimal":
+                pane.step(xs, ys, where="post", **look)
+                continue
+            pane.plot(xs, ys, marker=MARKERS[place % len(MARKERS)], markersize=3, **look)
+            banded = [point for point in series.points if point.low is not None and point.high is not None]
+            if series.kind == "worst" and banded:
+                pane.fill_between([p.radius for p in banded], [100 * (p.low or 0) for p in banded],
+                                  [100 * (p.high or 0) for p in banded], color=look["color"], alpha=0.15,
+                                  linewidth=0)  # fmt: skip
+        pane.set_xlabel(f"{norm} radius eps (images in [0, 1])")
+        pane.set_ylabel("accuracy (% of test images)")
+        pane.set_ylim(0, 101)
+        pane.set_xlim(left=0)
+        pane.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1)
 
 
 def curve_lines(sources: Sequence[Source]) -> list[tuple[str, list[tuple[str, Any]]]]:

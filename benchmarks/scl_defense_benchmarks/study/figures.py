@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scl_defense.shown import COLOURS, DASHES, MARKERS, STYLE, WIDTH, new_figure
 from scl_defense.threat import parse_eps
 from scl_defense_benchmarks.statistics import mean_sd
 from scl_defense_benchmarks.study.cells import Cell
@@ -15,19 +16,6 @@ from scl_defense_benchmarks.study.tables import CLEAN, WORST, About, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Okabe & Ito's palette (2008) without its yellow, which paper swallows; markers and dashes repeat the distinction.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
-DASHES = ("-", "--", "-.", ":")
-WIDTH = 3.35  # inches: one column
-STYLE = {
-    "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "xtick.labelsize": 6, "ytick.labelsize": 6,
-    "legend.fontsize": 5.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
-    "lines.markersize": 4, "axes.grid": True, "grid.color": "0.92", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "pdf.fonttype": 42, "savefig.dpi": 300,
-}  # fmt: skip
 
 
 def draw(about: About, rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> list[Path]:
@@ -66,12 +54,7 @@ def _save(figure: "Figure", path: Path, title: str) -> list[Path]:
 
 
 def _figure(height: float, width: float = WIDTH) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no window system is asked for
-    return figure
+    return new_figure(width, height)
 
 
 def _look(place: int) -> dict[str, Any]:

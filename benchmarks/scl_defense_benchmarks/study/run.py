@@ -5,14 +5,14 @@ import os
 import platform
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from scl_defense.errors import Interrupted, UserError, nearest
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense_benchmarks.study.cells import Cell, check_components, grid
+from scl_defense_benchmarks.study.outcome import StudyResult
 from scl_defense_benchmarks.study.spec import Spec, read_spec
 from scl_defense_benchmarks.study.store import Store
 
@@ -20,18 +20,27 @@ Event = Callable[[Mapping[str, Any]], None]
 MEMORY_A_CELL = 2 << 30  # what "room" means when nobody says how many cells may run side by side
 
 
-@dataclass(frozen=True)
-class StudyResult:
-    """What a study left behind. lines: of ``results.jsonl``. failed: cell -> reason. missing: cells that nobody ran."""
-
-    out: Path
-    lines: tuple[Mapping[str, Any], ...]
-    failed: Mapping[str, str]
-    missing: tuple[str, ...]
-    files: tuple[Path, ...]
-    table: tuple[Mapping[str, Any], ...] = field(repr=False, default=())
-
-
+@overload
+def study(
+    recipe: str | Path,
+    *,
+    size: str | None = None,
+    out: str | Path | None = None,
+    seeds: Iterable[int] | None = None,
+    only: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    data_root: str | Path | None = None,
+    jobs: int | None = None,
+    plugins: Sequence[str | Path] = (),
+    dry_run: Literal[False] = False,
+    redo: bool = False,
+    tables_only: bool = False,
+    on_event: Event | None = None,
+) -> StudyResult: ...
+@overload
+def study(recipe: str | Path, *, dry_run: Literal[True], **settings: Any) -> dict[str, Any]: ...
+@overload
+def study(recipe: str | Path, *, dry_run: bool, **settings: Any) -> Any: ...
 def study(
     recipe: str | Path,
     *,
@@ -47,7 +56,7 @@ def study(
     redo: bool = False,
     tables_only: bool = False,
     on_event: Event | None = None,
-) -> Any:
+) -> StudyResult | dict[str, Any]:
     """Train and attack every cell of a study that is not done yet; the command ``scl-defense study`` is this call.
 
     recipe: a TOML file, as ``benchmarks/studies/smoke.toml`` shows. out: default ``studies/<file stem>[-size]``. only:
@@ -56,6 +65,11 @@ def study(
     Returns a :class:`StudyResult`; with ``dry_run`` a dict with the grid and an estimate, and nothing is written.
     Cells that fail are in ``failed``; the others go on. SIGINT and SIGTERM let the cells save and raise
     :class:`Interrupted`. Raises :class:`UserError` before anything runs for a recipe that cannot be.
+
+    >>> import scl_defense
+    >>> plan = scl_defense.study("benchmarks/studies/smoke.toml", only=["none"], dry_run=True)
+    >>> [cell["cell"] for cell in plan["cells"]]
+    ['none--s0', 'none--s1']
     """
     say = on_event or (lambda event: None)
     spec = read_spec(recipe, size=size, seeds=seeds, overrides=overrides)
@@ -149,7 +163,7 @@ def _finish(
     files = tables.write(about, rows, store.out)
     drawn = figures.draw(about, rows, cells, store) if lines else []
     files += [*drawn, summary.write(about, rows, store.out)]
-    return StudyResult(store.out, tuple(lines), reasons, missing, tuple(files), tuple(row.plain() for row in rows))
+    return StudyResult(store.out, tuple(lines), reasons, missing, tuple(files), tuple(rows))
 
 
 def _chosen(spec: Spec, cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

@@ -3,14 +3,7 @@
 from scl_defense import hookimpl
 from scl_defense.hookspecs import Register
 
-FOOLBOX = (
-    ("fgsm", "FGSM", "FGSM, Linf, one step"),
-    ("pgd", "PGD", "LinfPGD and L2PGD"),
-    ("cw", "CW", "Carlini-Wagner, smallest L2"),
-    ("deepfool", "DeepFool", "DeepFool, smallest L2"),
-    ("ead", "EAD", "elastic-net attack, smallest L1"),
-)
-ADVLIB = (
+ATTACKS = (
     ("cw", "CW", "Carlini-Wagner, smallest L2"),
     ("ddn", "DDN", "decoupled direction and norm, smallest L2"),
     ("deepfool", "DeepFool", "DeepFool, smallest L2"),
@@ -23,6 +16,5 @@ ADVLIB = (
 
 @hookimpl
 def register_attacks(register: Register) -> None:
-    for library, attacks in (("foolbox", FOOLBOX), ("advlib", ADVLIB)):
-        for name, target, summary in attacks:
-            register(f"{library}:{name}", f"scl_defense_peers.{library}_attacks:{target}", summary=summary)
+    for name, target, summary in ATTACKS:
+        register(f"advlib:{name}", f"scl_defense_advlib.attacks:{target}", summary=summary)

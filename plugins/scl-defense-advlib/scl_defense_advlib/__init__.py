@@ -1,0 +1,1 @@
+"""Attacks of adversarial-library (Rony et al.), as plugins of scl-defense."""

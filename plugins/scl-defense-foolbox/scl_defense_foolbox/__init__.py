@@ -1,0 +1,1 @@
+"""Attacks of Foolbox 3, as plugins of scl-defense."""

@@ -1,1 +1,0 @@
-"""Attacks of Foolbox and adversarial-library, as plugins of scl-defense."""
