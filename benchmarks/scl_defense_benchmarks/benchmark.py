@@ -42,6 +42,7 @@ def benchmark(
     std: Sequence[float] | None = None,
     norm: str | None = None,
     eps: str | float | Iterable[str | float] | None = None,
+    curve: int | None = None,
     n: int | None = None,
     mode: Mode = "independent",
     time_limit: float | None = None,
@@ -75,7 +76,8 @@ def benchmark(
     ``data`` is then needed too, and a checkpoint that knows its own refuses them.
 
     norm, eps: the main ball; default: the checkpoint's, else Linf at the data's usual radius. Several eps, as a list or
-    ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. n: a fixed stratified subset of so many
+    ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. curve: so many radii up to the main one, from
+    one search (see :func:`scl_defense_benchmarks.planning.plan_battery`), a curve at little cost. n: a fixed stratified subset of so many
     images. mode, time_limit (seconds), batch_size, probes, precision, workers: see
     :func:`scl_defense_benchmarks.evaluate.evaluate`. surrogate: the checkpoint for attacks that transfer from another
     network; surrogate_model: its network, if it is a file of bare weights (default: as ``model``). It is normalised as
@@ -125,6 +127,7 @@ def benchmark(
         host=host,
         threats=asked.threats,
         budgets=asked.budgets,
+        curve=curve,
         classes=asked.classes,
         n=len(asked.images),
         image_shape=tuple(asked.images.shape[1:]),
