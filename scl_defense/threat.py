@@ -130,9 +130,10 @@ class ThreatModel:
     def project(self, images: Tensor, adversarial: Tensor, radii: Tensor | None = None) -> Tensor:
         """The nearest point (Euclidean) to ``adversarial`` inside ball and box; exact for all norms.
 
-        ``images`` must lie in the box. radii: (N,) >= 0, a radius an image in place of ``eps``. Linf: clamping. L2 and L1: the dual variable is found by sorting the
-        breakpoints of a piecewise quadratic or linear function (L1 with box: Croce & Hein 2021, Prop. 2.1). L0: the
-        pixels whose change brings most nearer, counted in squares within the box (Croce & Hein 2019, eq. 4).
+        ``images`` must lie in the box. radii: (N,) >= 0, a radius an image in place of ``eps``. Linf: clamping. L2 and
+        L1: the dual variable is found by sorting the breakpoints of a piecewise quadratic or linear function (L1 with
+        box: Croce & Hein 2021, Prop. 2.1). L0: the pixels whose change brings most nearer, counted in squares within
+        the box (Croce & Hein 2019, eq. 4).
         """
         if self.norm == "l0":
             return _keep_pixels(images, adversarial, self.radius if radii is None else radii[:, None])

@@ -106,7 +106,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.best = self.images.clone()
-        self.found = torch.full_like(self.labels, len(self.balls))
+        self.found, self.failed = torch.full_like(self.labels, len(self.balls)), self.best
         self.radii = torch.tensor([ball.radius for ball in self.balls], dtype=torch.float64, device=self.images.device)
 
     def descend(self, rng: torch.Generator) -> None:
@@ -143,13 +143,23 @@ class _Search:
                 active = active & (self.found > 0)
             turn += 1
         never = self.found == len(self.balls)
-        self.best[never] = points[never]
+        self.best[never], self.failed = points[never], points
 
     def refine(self) -> None:
-        """Between the smallest ball that holds an example and the one below: halvings, without a gradient."""
+        """Between the smallest ball that holds an example and the one below: halvings, without a gradient.
+
+        The way is that of the attack that failed below, if it leads to an example, else that of the example.
+        """
         rows = (self.found < len(self.balls)).nonzero().squeeze(1)
-        if not len(rows):
+        if not len(rows) or not self.attack.refine:
             return
+        further = rows[self.found[rows] > 0]
+        if len(further):
+            images, level = self.images[further], self.found[further]
+            share = (self.radii[level] / self.radii[level - 1]).to(images).view(-1, 1, 1, 1)
+            there = self._within(images + (self.failed[further] - images) * share, further, self.radii[level])
+            fools = self._fools(there, further)
+            self.best[further[fools]] = there[fools]
         low = torch.where(self.found[rows] > 0, self.radii[(self.found[rows] - 1).clamp(min=0)], 0)
         high = self.radii[self.found[rows]]
         for _ in range(self.attack.refine):
@@ -160,7 +170,7 @@ class _Search:
             low, high = torch.where(fools, low, middle), torch.where(fools, middle, high)
 
     def _shrink(self, rows: Tensor) -> None:
-        """Pull the examples of ``rows`` into the smallest ball in which they still fool, by bisection over the balls."""
+        """Pull the examples of ``rows`` into the smallest ball in which they still fool: bisection over the balls."""
         low = torch.full_like(rows, -1)
         while len(rows := rows[(open_ := self.found[rows] - low > 1)]):
             low = low[open_]

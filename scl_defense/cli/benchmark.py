@@ -25,8 +25,9 @@ from scl_defense.errors import UserError
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's. Several are a curve: "
               "2/255,4/255,8/255 (the largest is the main one).")  # fmt: skip
-@click.option("--curve", type=click.IntRange(2, 1000), metavar="POINTS", help="Also accuracy against eps, at so many "
-              "radii up to the main one, from one search (pgd-min) that costs little more than PGD at one radius.")  # fmt: skip
+@click.option("--curve", type=click.IntRange(2, 1000), metavar="POINTS",
+              help="Also accuracy against eps, at so many radii up to the main one, from one search (pgd-min) that "
+              "costs little more than PGD at one radius.")  # fmt: skip
 @click.option("--n", type=click.IntRange(min=1), help="Attack only so many test images (stratified); all, if fewer.")
 @click.option("--mode", type=click.Choice(["independent", "cascade"]), default="independent", show_default=True,
               help="independent: every attack gets every image, so that they compare; cascade: only what no attack "
@@ -168,7 +169,7 @@ def _beside(checkpoint: Path, settings: dict[str, Any]) -> Path:
     asked = sorted(
         (name, value)
         for name, value in settings.items()
-        if name not in ("device", "say", "workers") and (name, value) not in (("surrogate_model", None), ("curve", None))
+        if name not in ("device", "say", "workers") and not (name in ("surrogate_model", "curve") and value is None)
     )
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()
     return checkpoint.with_name(f"{checkpoint.stem}-benchmark-{digest[:8]}.json")

@@ -29,7 +29,7 @@ def curve_of(network, images, labels, host, attack=f"pgd-min:steps={STEPS}", nor
 
 @pytest.fixture(scope="module")
 def held_out(digits):
-    return digits[0][1400:1600], digits[1][1400:1600]
+    return digits[0][1400:1550], digits[1][1400:1550]
 
 
 @pytest.mark.parametrize(("which", "norm"), [("network", "linf"), ("robust", "linf"), ("robust", "l2")])
@@ -80,7 +80,7 @@ def test_the_radius_of_a_linear_network_is_its_distance(norm):
     network, labels = linear(weight, bias, images)
     gap = (images.flatten(1) @ weight + bias).abs()
     exact = gap / (weight.abs().sum() if norm == "linf" else weight.norm())
-    top = 1.05 * float(exact.max())
+    top = 1.05 * float(exact.max())  # exact distances spread over all balls
     with torch.no_grad():
         attack = PGDMin(steps=30, rel_step=0.1, refine=6)
         made = attack(network, images, labels, ThreatModel(norm, f"{top:.6f}"), torch.Generator().manual_seed(0))
@@ -88,9 +88,13 @@ def test_the_radius_of_a_linear_network_is_its_distance(norm):
     distance = ThreatModel(norm, "1").distance(images, made)
     step = top / pgd_min.POINTS
     assert bool((distance >= exact * 0.999).all())
-    assert bool((distance <= exact * 1.25 + step / 2**6).all()), "l2 examples need not point straight at the plane"
-    if norm == "linf":
-        assert bool((distance - exact <= step / 2**6 + 1e-4).all())
+    assert bool((distance <= exact + 1.001 * step).all()), "the ball below was attacked, and held"
+    near = exact > step
+    assert int(near.sum()) > 40 and float((distance - exact)[near].quantile(0.9)) <= 0.1 * step
+    with torch.no_grad():
+        coarse = PGDMin(steps=30, rel_step=0.1, refine=0)
+        made = coarse(network, images, labels, ThreatModel(norm, f"{top:.6f}"), torch.Generator().manual_seed(0))
+    assert float((ThreatModel(norm, "1").distance(images, made) - exact)[near].quantile(0.9)) > 0.3 * step
 
 
 def test_radii_in_the_result_are_those_of_checked_examples(robust, held_out, host, tmp_path):
@@ -117,7 +121,7 @@ def test_radii_in_the_result_are_those_of_checked_examples(robust, held_out, hos
 
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_neither_batches_nor_workers_nor_a_second_run_change_anything(robust, held_out, host, restarts):
-    images, labels = held_out[0][:140], held_out[1][:140]
+    images, labels = held_out[0][:60], held_out[1][:60]
     attack = f"pgd-min:steps=4:restarts={restarts}"
     first = curve_of(robust, images, labels, host, attack)
     for options in ({}, {"batch_size": 7}, {"batch_size": 50, "workers": 2}):
