@@ -18,7 +18,7 @@ BENCHMARKS = ROOT / "benchmarks" / "scl_defense_benchmarks"
 # A module imports from the lines above its own, and from its own line too where the line is below `types`.
 ORDER = (
     ("errors", "deprecation"),
-    ("threat", "losses", "registry", "hookspecs", "guard", "runtime", "containment"),
+    ("threat", "losses", "registry", "hookspecs", "guard", "runtime", "containment", "memory"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
     ("checkpoint", "probe", "logs", "generation", "optim", "schedules", "passes", "recovery"),

@@ -47,7 +47,7 @@ def benchmark(
     mode: Mode = "independent",
     time_limit: float | None = None,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | Literal["auto"] = 128,
     device: str = "auto",
     plugins: Iterable[str | Path] = (),
     out: str | Path | None = None,
@@ -77,8 +77,8 @@ def benchmark(
 
     norm, eps: the main ball; default: the checkpoint's, else Linf at the data's usual radius. Several eps, as a list or
     ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. curve: so many radii up to the main one, from
-    one search (see :func:`scl_defense_benchmarks.planning.plan_battery`), a curve at little cost. n: a fixed stratified subset of so many
-    images. mode, time_limit (seconds), batch_size, probes, precision, workers: see
+    one search (see :func:`scl_defense_benchmarks.planning.plan_battery`): a curve for little more than one attack. n: a
+    fixed stratified subset of so many images. mode, time_limit (seconds), batch_size, probes, precision, workers: see
     :func:`scl_defense_benchmarks.evaluate.evaluate`. surrogate: the checkpoint for attacks that transfer from another
     network; surrogate_model: its network, if it is a file of bare weights (default: as ``model``). It is normalised as
     this network.

@@ -14,6 +14,16 @@ from scl_defense.cli.subject import as_given, found, subject_options
 from scl_defense.errors import UserError
 
 
+class _Images(click.IntRange):
+    name = "images"
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 @click.command("benchmark")
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--attacks", default="fgsm,pgd,cw", show_default=True, metavar="LIST",
@@ -38,8 +48,9 @@ from scl_defense.errors import UserError
               "--model and -m. It is normalised as --mean, --std and --channels say.")  # fmt: skip
 @click.option("--probes", type=click.Choice(["quick", "deep", "none"]), default="quick", show_default=True,
               help="How much is tried beside the battery to find masked gradients.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True,
-              help="The most images at a time; saves memory and reaches no number.")  # fmt: skip
+@click.option("--batch-size", type=_Images(), default=128, show_default=True, metavar="N|auto",
+              help="The most images at a time; saves memory and reaches no number. auto: what fits into half of the "
+              "free memory.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "auto", "bf16"]), default="fp32", show_default=True,
               help="What attacks run in; every verdict is float32. bf16: bfloat16 first, then float32 on what "
               "survived; auto: only where it was measured to find as much, and is faster here.")  # fmt: skip
