@@ -119,7 +119,7 @@ class _Search:
         share = (self.radii[(self.found - 1).clamp(min=0)] / largest.radius).to(points).view(-1, 1, 1, 1)
         points = torch.where(smaller.view(-1, 1, 1, 1), self.images + (points - self.images) * share, points)
         made = torch.zeros_like(self.found)  # steps in the present ball
-        active, turn = self.found > 0, 0
+        slopes, active, turn = torch.zeros_like(points), self.found > 0, 0
         while bool(active.any()):
             last = active & (made == attack.steps)  # the point after the last step counts too
             going = (active & ~last).nonzero().squeeze(1)
@@ -130,8 +130,9 @@ class _Search:
                 active = active & (~last | broken)
             if len(going):
                 gradient, broken[going] = self._gradient(points[going], going)
+                slopes[going] = gradient
                 on = going[~broken[going]]
-                points[on] = self._step(points[on], gradient[~broken[going]], on, seed + turn)
+                points[on] = self._step(points[on], slopes[on], on, seed + turn)
                 made[on] += 1
             if bool(broken.any()):
                 rows = broken.nonzero().squeeze(1)
@@ -140,6 +141,8 @@ class _Search:
                 rows = rows[self.found[rows] > 0]
                 points[rows] = self._within(self.best[rows], rows, self.radii[self.found[rows] - 1])
                 made[rows] = 0
+                rows = rows[~last[rows]]  # the gradient that was paid for at the example serves for one step more
+                points[rows] = self._step(points[rows], slopes[rows], rows, seed + turn)
                 active = active & (self.found > 0)
             turn += 1
         never = self.found == len(self.balls)
