@@ -1,7 +1,8 @@
-"""Data: named data sets as uint8 tensors in memory, and their splits.
+"""Data: named data sets as uint8 tensors, and their splits.
 
 Whole splits are kept in memory and augmented batch-wise (:class:`Augment`), without worker processes: at the sizes of
-this project that is faster than a loader that decodes image by image.
+this project that is faster than a loader that decodes image by image. A data set that gives memory-mapped arrays stays
+on disk, and the images of a batch are read when it is made (:class:`OnDisk`); nothing else differs.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,20 +26,57 @@ from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runtime import derive_seed
 from scl_defense.types import Dataset, ImageArrays
 
+BLOCK = 1024  # images of a mapped file in memory at a time, where all of them are looked at
 MIN_STD = 1e-3  # a constant channel must not make the first layer divide by nothing
 
-__all__ = ["Augment", "Data", "Split", "open_data", "stratified_subset"]
+__all__ = ["Augment", "Data", "OnDisk", "Split", "open_data", "stratified_subset"]
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Images (N, C, H, W) uint8 of a memory-mapped file, as far as a tensor is needed: indexed by places, a slice or a
+    number, they are read and handed over as one on ``device``.
+
+    source: (M, H, W, C). rows: (N,) int64, which of them these are.
+    """
+
+    source: np.ndarray = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        _, height, width, channels = self.source.shape
+        return len(self.rows), channels, height, width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def __getitem__(self, idx: Tensor | np.ndarray | slice | int) -> Tensor:
+        rows = self.rows[idx.cpu().numpy() if isinstance(idx, Tensor) else idx]
+        return torch.from_numpy(np.array(np.moveaxis(self.source[rows], -1, -3), order="C")).to(self.device)
+
+    def part(self, places: np.ndarray) -> "OnDisk":
+        """The images at these places (n,), still on disk."""
+        return dataclasses.replace(self, rows=self.rows[places])
+
+    def to(self, device: torch.device | str) -> "OnDisk":
+        return dataclasses.replace(self, device=device)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images in memory.
+    """Images in memory, or on disk if the data set is mapped.
 
     images: (N, C, H, W) uint8. labels: (N,) int64, on the same device. indices: (N,) int64, the places of these
     images in the source split ("train" for train and val, "test" for test).
     """
 
-    images: Tensor
+    images: Tensor | OnDisk
     labels: Tensor
     indices: Tensor
 
@@ -49,7 +87,7 @@ class Split:
         """(n, C, H, W) float32 in [0, 1]: all images, or those at ``idx`` (places in this split)."""
         if isinstance(idx, Tensor):
             idx = idx.to(self.images.device)
-        chosen = self.images if idx is None else self.images[idx]
+        chosen = self.images[slice(None) if idx is None else idx]
         return chosen.to(torch.float32).div_(255)
 
     def to(self, device: torch.device | str) -> "Split":
@@ -58,7 +96,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """An opened data set; its training split is in memory, its test split is read when first asked for.
+    """An opened data set; its training split is in memory (mapped ones stay on disk), its test split is read when first
+    asked for.
 
     name: as the user wrote it. mean, std: per channel, in units of [0, 1]. flip: whether a mirrored image keeps its
     label. budgets: norm -> the usual eps for this data, as written. provenance: component and options, plain data.
@@ -107,7 +146,8 @@ class Data:
         if limit is not None and limit < len(index):
             index = index[stratified_subset(arrays.labels[index], limit, derive_seed(0, f"limit-{which}"))]
         places = torch.from_numpy(index)
-        return Split(arrays.images[places], arrays.labels[places], places).to(device)
+        images = arrays.images.part(index) if isinstance(arrays.images, OnDisk) else arrays.images[places]
+        return Split(images, arrays.labels[places], places).to(device)
 
     def fingerprint(self, which: Literal["train", "test"]) -> str:
         """SHA-256 (hex) of a source split: the bytes of its images (N, C, H, W), then of its labels as int64.
@@ -119,7 +159,9 @@ class Data:
         key = f"fingerprint-{which}"
         if key not in self._cache:
             arrays = self._arrays(which)
-            digest = hashlib.sha256(arrays.images.numpy().data)
+            digest = hashlib.sha256()
+            for block in _blocks(arrays.images):
+                digest.update(block.numpy().data)
             digest.update(arrays.labels.numpy().astype("<i8").data)
             self._cache[key] = digest.hexdigest()
         return str(self._cache[key])
@@ -153,8 +195,9 @@ def open_data(
 ) -> Data:
     """Open a data set: a registered name, else an existing path, else a path below ``root``.
 
-    A folder with ``train.npz`` or ``test.npz``, or one ``.npz`` file, is read by the component ``npz``; any other
-    folder by ``image-folder``. root: where data sets lie and are downloaded to (default: the environment variable
+    A folder with ``train.npz`` or ``test.npz``, or one ``.npz`` file, is read by the component ``npz``; one with
+    ``train/images.npy`` or ``test/images.npy`` by ``npy``, which leaves the images on disk; any other folder by
+    ``image-folder``. root: where data sets lie and are downloaded to (default: the environment variable
     ``SCL_DEFENSE_DATA_ROOT``, else ``~/.cache/scl-defense``). options: of the component. component: a data set that
     has no registered name; ``name`` is then only what it is called. Where there is a test split alone, shape, classes,
     mean and std are those of the test split, and asking for the others says what is missing. Raises :class:`UserError`.
@@ -222,7 +265,7 @@ def stratified_subset(labels: np.ndarray | Tensor, n: int, seed: int) -> np.ndar
 
 @dataclass(frozen=True)
 class _Arrays:
-    images: Tensor  # (N, C, H, W) uint8
+    images: Tensor | OnDisk  # (N, C, H, W) uint8
     labels: Tensor  # (N,) int64
     classes: tuple[str, ...]
     mean: tuple[float, ...] | None
@@ -245,19 +288,22 @@ def _resolve(name: str, root: Path, host: PluginHost) -> tuple[str, dict[str, st
     for path in (Path(name).expanduser(), root / name) if name.strip() else ():
         if path.is_dir():
             archives = (path / "train.npz").is_file() or (path / "test.npz").is_file()
-            return ("npz" if archives else "image-folder"), {"path": str(path)}
+            mapped = any((path / split / "images.npy").is_file() for split in ("train", "test"))
+            return ("npz" if archives else "npy" if mapped else "image-folder"), {"path": str(path)}
         if path.is_file():
             if path.suffix != ".npz":
                 raise UserError(f"'{path}' is no data set: a file must be an .npz archive (or give a folder)")
             return "npz", {"path": str(path)}
     raise UserError(
         f"there is no data set named '{name}'{nearest(name, registry.names())} and no such path, here or in {root}; "
-        "a path may be a folder with train.npz and test.npz, one .npz file, or a folder of images"
+        "a path may be a folder with train.npz and test.npz, one .npz file, a folder with train/images.npy, or one of "
+        "images"
     )
 
 
 def _checked(what: str, arrays: ImageArrays) -> _Arrays:
     """What a component loaded, as tensors. Raises :class:`UserError`, one line, for whatever is not as promised."""
+    mapped = isinstance(arrays.images, np.memmap)
     images, labels, classes = np.asarray(arrays.images), np.asarray(arrays.labels), tuple(map(str, arrays.classes))
     if images.dtype != np.uint8:
         raise UserError(f"{what}: images must be uint8 0..255, not {images.dtype}{_hint_on_range(images)}")
@@ -286,7 +332,7 @@ def _checked(what: str, arrays: ImageArrays) -> _Arrays:
         if values is not None and (len(values) != images.shape[3] or not all(0 <= value <= 1 for value in values)):
             raise UserError(f"{what}: {key} {tuple(values)} must be {images.shape[3]} numbers in [0, 1], one a channel")
     return _Arrays(
-        torch.from_numpy(images.transpose(0, 3, 1, 2).copy()),
+        OnDisk(images, np.arange(len(images))) if mapped else torch.from_numpy(images.transpose(0, 3, 1, 2).copy()),
         torch.from_numpy(labels.astype(np.int64)),
         classes,
         arrays.mean,
@@ -307,12 +353,24 @@ def _hint_on_range(images: np.ndarray) -> str:
     return f" ({low:.3g} to {high:.3g}); use images.round().astype('uint8') if they are 0..255"
 
 
+def _blocks(images: Tensor | OnDisk) -> Iterator[Tensor]:
+    """All images (N, C, H, W); those on disk a part at a time."""
+    if isinstance(images, Tensor):
+        yield images
+        return
+    for start in range(0, len(images), BLOCK):
+        yield images[start : start + BLOCK]
+
+
 def _statistics(arrays: _Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel: the component's own, else measured, exactly, from the histogram of pixel values."""
     levels = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in arrays.images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    means, stds, counts = [], [], torch.zeros(arrays.shape[0], 256, dtype=torch.int64)
+    for block in _blocks(arrays.images):
+        for count, channel in zip(counts, block.unbind(1), strict=True):
+            count += torch.bincount(channel.flatten(), minlength=256)
+    for count in counts:
+        share = count.double() / count.sum()
         centre = (share * levels).sum()
         means.append(centre.item())
         stds.append((share * (levels - centre).square()).sum().sqrt().item())

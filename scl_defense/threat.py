@@ -139,23 +139,25 @@ class ThreatModel:
 
     # -- moving
 
-    def project(self, images: Tensor, adversarial: Tensor) -> Tensor:
+    def project(self, images: Tensor, adversarial: Tensor, radii: Tensor | None = None) -> Tensor:
         """The nearest point (Euclidean) to ``adversarial`` inside ball and box; exact for all norms.
 
-        ``images`` must lie in the box. Linf: clamping. L2 and L1: the dual variable is found by sorting the
-        breakpoints of a piecewise quadratic or linear function (L1 with box: Croce & Hein 2021, Prop. 2.1). L0: the
-        pixels whose change brings most nearer, counted in squares within the box (Croce & Hein 2019, eq. 4).
+        ``images`` must lie in the box. radii: (N,) >= 0, a radius an image in place of ``eps``. Linf: clamping. L2 and
+        L1: the dual variable is found by sorting the breakpoints of a piecewise quadratic or linear function (L1 with
+        box: Croce & Hein 2021, Prop. 2.1). L0: the pixels whose change brings most nearer, counted in squares within
+        the box (Croce & Hein 2019, eq. 4).
         """
-        radius = self.radius
         if self.norm == "l0":
-            return _keep_pixels(images, adversarial, radius)
+            return _keep_pixels(images, adversarial, self.radius if radii is None else radii[:, None])
         if self.norm == "linf":
+            radius = self.radius if radii is None else radii.to(images).view(-1, 1, 1, 1)
             delta = (adversarial - images).clamp(-radius, radius)
             return (images + delta).clamp(0, 1)
         origin = _wide(images).flatten(1)
         delta = _wide(adversarial).flatten(1) - origin
         size = delta.abs()
         cap = torch.where(delta > 0, 1 - origin, origin).clamp(min=0)  # how far the box lets each coordinate go
+        radius = size.new_full((len(size), 1), self.radius) if radii is None else radii.to(size)[:, None]
         moved = _shrink_l2(size, cap, radius) if self.norm == "l2" else _shrink_l1(size, cap, radius)
         projected = (origin + delta.sign() * moved).to(images.dtype)
         # Rounded outward: back by one step of the dtype. On flat images all errors have one sign and add up.
@@ -246,7 +248,7 @@ class ThreatModel:
         return (flat.sign() * chosen).view_as(gradient)
 
 
-def _keep_pixels(images: Tensor, adversarial: Tensor, count: float) -> Tensor:
+def _keep_pixels(images: Tensor, adversarial: Tensor, count: float | Tensor) -> Tensor:
     """``images`` with the at most ``count`` pixels of ``adversarial`` (in the box) that bring most nearer to it."""
     boxed = adversarial.clamp(0, 1)
     gain = ((_wide(adversarial) - images).square() - (_wide(adversarial) - boxed).square()).sum(1).flatten(1)
@@ -267,28 +269,28 @@ def _normal(shape: tuple[int, ...], like: Tensor, rng: torch.Generator) -> Tenso
     return torch.randn(shape, generator=rng, device=rng.device, dtype=torch.float32).to(like.device, like.dtype)
 
 
-def _shrink_l2(size: Tensor, cap: Tensor, radius: float) -> Tensor:
-    """min(s * size, cap) with the largest s <= 1 whose L2 norm is at most ``radius``; (N, D) each.
+def _shrink_l2(size: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
+    """min(s * size, cap) with the largest s <= 1 whose L2 norm is at most ``radius`` (N, 1); (N, D) each.
 
     KKT of the projection: every coordinate is scaled by one s = 1 / (1 + lambda) and cut at its cap. The squared
     norm g(s) is quadratic between the sorted breakpoints cap / size.
     """
     boxed = torch.minimum(size, cap)
-    outside = boxed.square().sum(1) > radius**2
+    outside = (boxed.square().sum(1, keepdim=True) > radius.square()).squeeze(1)
     if not outside.any():
         return boxed
-    size, cap = size[outside], cap[outside]
+    size, cap, radius = size[outside], cap[outside], radius[outside]
     ratio = torch.where(size > 0, cap / size.clamp(min=1e-300), torch.inf).clamp(max=1.0)
     breaks, order = ratio.sort(dim=1)
     squares, caps = size.square().gather(1, order), cap.square().gather(1, order)
     free = squares.sum(1, keepdim=True) - squares.cumsum(1) + squares  # not yet cut below break k
     cut = caps.cumsum(1) - caps
     value_at_break = breaks.square() * free + cut
-    reached = value_at_break >= radius**2
+    reached = value_at_break >= radius.square()
     reached[:, -1] = True  # true but for rounding: at the last break nothing is scaled and the norm is too large
     index = reached.to(torch.uint8).argmax(1, keepdim=True)  # first break at or past the radius
     # Cancellation in the running sums must not make the radicand negative.
-    scale = ((radius**2 - cut.gather(1, index)).clamp(min=0) / free.gather(1, index).clamp(min=1e-300)).sqrt()
+    scale = ((radius.square() - cut.gather(1, index)).clamp(min=0) / free.gather(1, index).clamp(min=1e-300)).sqrt()
     # ... nor carry the scale out of its interval: between equal breaks the quotient above is all rounding.
     low = torch.where(index > 0, breaks.gather(1, (index - 1).clamp(min=0)), 0)
     scale = torch.minimum(torch.maximum(scale, low), breaks.gather(1, index))
@@ -297,17 +299,17 @@ def _shrink_l2(size: Tensor, cap: Tensor, radius: float) -> Tensor:
     return result
 
 
-def _shrink_l1(size: Tensor, cap: Tensor, radius: float) -> Tensor:
-    """clamp(size - lam, 0, cap) with the smallest lam >= 0 whose sum is at most ``radius``; (N, D) each.
+def _shrink_l1(size: Tensor, cap: Tensor, radius: Tensor) -> Tensor:
+    """clamp(size - lam, 0, cap) with the smallest lam >= 0 whose sum is at most ``radius`` (N, 1); (N, D) each.
 
     The sum is piecewise linear in lam: its slope falls by one where a coordinate leaves its cap (size - cap) and
     rises by one where it reaches zero (size).
     """
     boxed = torch.minimum(size, cap)
-    outside = boxed.sum(1) > radius
+    outside = (boxed.sum(1, keepdim=True) > radius).squeeze(1)
     if not outside.any():
         return boxed
-    size, cap = size[outside], cap[outside]
+    size, cap, radius = size[outside], cap[outside], radius[outside]
     breaks = torch.cat([(size - cap).clamp(min=0), size], dim=1)
     change = torch.cat([-torch.ones_like(size), torch.ones_like(size)], dim=1)
     breaks, order = breaks.sort(dim=1, stable=True)

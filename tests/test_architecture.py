@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks" / "scl_defense_benchmarks"
 ORDER = (
     ("errors", "deprecation", "launcher", "draws", "blocks"),
     ("containment",),
-    ("threat", "losses", "registry", "hookspecs", "guard", "folding", "runtime", "shown"),
+    ("threat", "losses", "registry", "hookspecs", "guard", "folding", "runtime", "shown", "memory"),
     ("types", "plugins"),
     ("ascent", "augment", "models", "config", "data"),
     ("sharing",),

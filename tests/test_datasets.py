@@ -27,7 +27,7 @@ from scl_defense.plugins import PluginHost
 from scl_defense.threat import ALL_NORMS, ThreatModel
 
 PINNED_DIGITS_TEST = "8a5f3aefa99f030b074fd472a9b5314e4802d4e308f2c78839fe9d9d5e289e2f"
-OURS = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "image-folder"}
+OURS = {"digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "npy", "image-folder"}
 DATA = os.environ.get("SCL_DEFENSE_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="SCL_DEFENSE_DATA does not name a folder of real data sets")
 

@@ -57,11 +57,12 @@ def benchmark(
     std: Sequence[float] | None = None,
     norm: str | None = None,
     eps: str | float | Iterable[str | float] | None = None,
+    curve: int | None = None,
     n: int | None = None,
     mode: Mode = "independent",
     time_limit: float | None = None,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | Literal["auto"] = 128,
     device: str = "auto",
     plugins: Iterable[str | Path] = (),
     out: str | Path | None = None,
@@ -91,9 +92,10 @@ def benchmark(
     ``data`` is then needed too, and a checkpoint that knows its own refuses them.
 
     norm, eps: the main ball; default: the checkpoint's, else Linf at the data's usual radius. Several eps, as a list or
-    ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. n: a fixed stratified subset of so many
-    images. deterministic: the same numbers bit by bit on CUDA too, slower. mode, time_limit (seconds), batch_size,
-    probes, precision, workers: see
+    ``"2/255,4/255,8/255"``, are a curve, and the largest is the main one. curve: so many radii up to the main one, from
+    one search (see :func:`scl_defense_benchmarks.planning.plan_battery`): a curve for little more than one attack. n: a
+    fixed stratified subset of so many images. deterministic: the same numbers bit by bit on CUDA too, slower. mode,
+    time_limit (seconds), batch_size, probes, precision, workers: see
     :func:`scl_defense_benchmarks.evaluate.evaluate`. surrogate: the checkpoint for attacks that transfer from another
     network; surrogate_model: its network, if it is a file of bare weights (default: as ``model``). It is normalised as
     this network.
@@ -156,6 +158,7 @@ def benchmark(
         host=host,
         threats=asked.threats,
         budgets=asked.budgets,
+        curve=curve,
         classes=asked.classes,
         n=len(asked.images),
         image_shape=tuple(asked.images.shape[1:]),

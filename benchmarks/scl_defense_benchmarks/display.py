@@ -101,8 +101,10 @@ def render(result: EvaluationResult) -> "Group":
     conclusion = result.conclusion
     style = {"trustworthy": "bold green", "upper-bound": "bold yellow"}.get(conclusion.kind, "bold red")
     parts.append(Text("The worst case is ").append(f"{conclusion.text}.", style=style))
+    first = {repr((row.name, row.options, row.norm)): row.label for row in reversed(result.attacks) if row.minimal}
+    again = {row.label for row in result.attacks if row.minimal} - set(first.values())  # one search, counted again
     for row in result.attacks:
-        if row.minimal and row.median_distance is not None:
+        if row.minimal and row.median_distance is not None and row.label not in again:
             parts.append(
                 Text(
                     f"{row.label}: finds a wrong label for {row.found} of {row.attacked}, "
@@ -110,7 +112,7 @@ def render(result: EvaluationResult) -> "Group":
                     style="dim",
                 )
             )
-    shares = [(row.label, row.survive_rounding) for row in result.attacks]
+    shares = [(row.label, row.survive_rounding) for row in result.attacks if row.label not in again]
     told = ", ".join(f"{label} {share:.0%}" for label, share in shares if share is not None)
     if told:
         parts.append(Text(f"examples that still fool after rounding to 8 bits: {told}", style="dim"))

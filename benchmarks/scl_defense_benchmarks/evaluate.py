@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
+from scl_defense.memory import SHARE, choose, free_bytes, peak_bytes
+from scl_defense.memory import Choice as Fit
 from scl_defense.runtime import derive_seed, ranks, repeatable, stream
 from scl_defense.threat import parse_eps
 from scl_defense_benchmarks import diagnostics
-from scl_defense_benchmarks.attempt import Attempt, Budget, Progress, Target, attempt, counted_in, worst_case
+from scl_defense_benchmarks.attempt import CHUNK, Attempt, Budget, Progress, Target, attempt, counted_in, worst_case
 from scl_defense_benchmarks.battery import Plan
 from scl_defense_benchmarks.catalogue import flagged
 from scl_defense_benchmarks.examples import ExampleFile
@@ -24,8 +27,9 @@ from scl_defense_benchmarks.planning import same_attack
 from scl_defense_benchmarks.results import BROKEN, EvaluationResult, WorstCase
 from scl_defense_benchmarks.state import State, identity_of, open_state
 from scl_defense_benchmarks.statistics import wilson
-from scl_defense_benchmarks.twin import Choice
+from scl_defense_benchmarks.twin import CHECKED, Choice, twin_of
 
+_BUFFERS = 32
 WORTH_PROBING = 0.03  # robust accuracy below which there is nothing left to be suspicious of
 
 #: ``independent``: every attack gets every rightly classified image. ``cascade``: what no attack before it has broken.
@@ -40,7 +44,7 @@ def evaluate(
     plan: Plan,
     *,
     seed: int,
-    batch_size: int = 128,
+    batch_size: int | Literal["auto"] = 128,
     mode: Mode = "independent",
     time_limit: float | None = None,
     state_file: str | Path | None = None,
@@ -59,8 +63,8 @@ def evaluate(
     that are classified rightly, in chunks of :data:`scl_defense_benchmarks.attempt.CHUNK` with a seed of their own, and
     a frozen twin of the network to work on (see :mod:`scl_defense_benchmarks.twin`). Examples are judged in float32 on
     ``network`` itself, in chunks of one size. batch_size: the most images at a time, from 1 to a chunk; it reaches no
-    number, except through a library that draws from NumPy or for a part of what it was given. It is halved, and the
-    result says so, when memory runs out.
+    number, except through a library that draws from NumPy or for a part of what it was given. ``auto``: as many as the
+    free memory allows (see :func:`fitting`). It is halved, and the result says so, when memory runs out.
 
     mode: see :data:`Mode`; a control spares no image. The same attack in several balls runs in the smallest first and
     hands on what it broke; one that looks for the smallest perturbation runs once and is counted in each. time_limit:
@@ -100,6 +104,11 @@ def evaluate(
         target = Target(network, images, labels, decide(logits) == labels, repeatable=not draws)
         side_by_side = workers or (torch.get_num_threads() if images.device.type == "cpu" else 1)
         deadline = None if time_limit is None else started + time_limit
+        fitted = None
+        if batch_size == "auto":
+            with seeded_globals(derive_seed(seed, "memory")):
+                fitted = fitting(target, side_by_side)
+            batch_size = fitted.images
         budget = Budget(batch_size, deadline, precision=precision, workers=side_by_side)
         everybody = ranks()
 
@@ -140,6 +149,7 @@ def evaluate(
         num_classes=logits.shape[1],
         seed=seed,
         batch_size=batch_size,
+        memory=None if fitted is None else dataclasses.asdict(fitted),
         norm=plan.threat.norm,
         eps=plan.threat.eps,
         clean_correct=clean,
@@ -159,6 +169,29 @@ def evaluate(
         labels=tuple(labels.tolist()),
         predictions=tuple(decide(logits).tolist()),
     )
+
+
+def fitting(target: Target, side_by_side: int, share: float = SHARE) -> Fit:
+    """How many images at a time fit into ``share`` of the free memory, ``side_by_side`` batches at once.
+
+    Measured on the twin, by a gradient of the cross-entropy with 2 images and with 8; to that come ``_BUFFERS`` copies
+    of the images, which is what attacks hold beside it.
+    """
+    twin, device = twin_of(target.network, target.images[:CHECKED]), target.images.device
+    size = target.images[0].numel() * target.images.element_size()
+
+    def measure(count: int) -> int:
+        images, labels = target.images[:1].repeat(count, 1, 1, 1), target.labels[:1].repeat(count)
+
+        def pass_through() -> None:
+            with torch.enable_grad():
+                points = images.clone().requires_grad_()
+                loss = F.cross_entropy(twin(points), labels)
+                torch.autograd.grad(loss, points, allow_unused=True) if loss.requires_grad else None
+
+        return peak_bytes(pass_through, device) + _BUFFERS * count * size
+
+    return choose(measure, free_bytes(device), CHUNK, side_by_side=side_by_side, share=share)
 
 
 def _all_attempts(
@@ -228,11 +261,11 @@ def _worth_probing(plan: Plan, cases: tuple[WorstCase, ...]) -> int | None:
     return max(left)[1] if left else None
 
 
-def _check_inputs(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
+def _check_inputs(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int | str) -> None:
     if not isinstance(network, nn.Module):
         raise UserError(f"the network must be a torch.nn.Module from images to logits, not {type(network).__name__}")
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} must be at least 1")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise UserError(f"batch size {batch_size} must be at least 1, or auto")
     if images.dim() != 4 or images.dtype != torch.float32 or len(images) == 0:
         raise UserError(f"images must be float32 (N, C, H, W) with N >= 1, not {images.dtype} {tuple(images.shape)}")
     if labels.shape != images.shape[:1] or labels.is_floating_point():

@@ -54,6 +54,7 @@ def register_attacks(register: Register) -> None:
     register("art:cw", f"{art}:CW", summary="CarliniL2Method of ART, smallest L2, binary search over c (slow)")
     register("native:fgsm", f"{native}:FGSM", summary="our own FGSM, Linf, one step of the common ascent loop")
     register("native:pgd", f"{native}:PGD", summary="our own PGD, Linf, L2 or L1, cross-entropy or margin loss")
+    register("pgd-min", f"{_HERE}.pgd_min:PGDMin", summary="smallest radius of a PGD, Linf, L2, L1: a curve at once")
     register("noise", f"{native}:Noise", summary="control: worst of several random points of the ball, no gradient")
 
 

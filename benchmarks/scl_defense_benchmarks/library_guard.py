@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from scl_defense.draws import OwnDraws
 from scl_defense.guard import frozen, global_random_state
-from scl_defense_benchmarks.draws import OwnDraws
 
 _here = threading.local()
 
@@ -36,7 +36,7 @@ def library_call(*modules: nn.Module, rng: torch.Generator) -> Iterator[None]:
     settings of all loggers are what they were.
 
     In a worker of :func:`side_by_side` nothing that all threads share is touched: torch's draws come from a generator
-    of this thread (see :class:`scl_defense_benchmarks.draws.OwnDraws`), and are the same numbers.
+    of this thread (see :class:`scl_defense.draws.OwnDraws`), and are the same numbers.
     """
     seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
     if getattr(_here, "beside", False):

@@ -18,7 +18,7 @@ from scl_defense_benchmarks.battery import (
     plan_attacks,
 )
 
-MOST_RESTARTS = 1000
+MOST_RESTARTS, MOST_POINTS = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,30 @@ def plan_battery(
     threats: Sequence[ThreatModel],
     budgets: Mapping[str, str] | None = None,
     classes: int | None = None,
+    curve: int | None = None,
     **more: Any,
 ) -> Plan:
     """:func:`scl_defense_benchmarks.battery.plan_attacks` for one ball or several of one norm.
 
     The largest ball is the main one. With several, an attack is planned once in each, the smallest first, and its
     label says which (``pgd:eps=2/255``); one that names a ball of its own is planned once. ``restarts=K`` of any attack
-    that has no such option itself is ours.
+    that has no such option itself is ours. curve: so many radii up to the one ball; every attack of its norm that looks
+    for the smallest perturbation is counted in each of them, and ``pgd-min``, which is added if it is not there.
     """
     requests, repeats = _without_restarts(attacks, host)
     order = sorted(dict.fromkeys(threats), key=lambda threat: threat.radius)
     if len(order) < len(threats):
         raise UserError("a radius is given twice; leave one out")
+    if curve is not None:
+        return _with_curve(attacks, curve, order, host, {"budgets": budgets, "classes": classes, **more})
     found: list[PlannedAttack] = []
     left_out: list[Any] = []
     for threat in order:
         plan = plan_attacks(requests, host=host, threat=threat, budgets=budgets, classes=classes, **more)
         for planned in plan.attacks:
+            if planned.threat == threat and getattr(planned.attack, "radii", None) == ():
+                radii = tuple(one.eps for one in order) if len(order) > 1 else ()
+                planned = dataclasses.replace(planned, attack=dataclasses.replace(planned.attack, radii=radii))
             for label, restarts in repeats.get(planned.label, [(planned.label, 1)]):
                 one = planned
                 if restarts > 1 or label != planned.label:
@@ -64,6 +71,40 @@ def plan_battery(
                 found.append(one)
         left_out += plan.left_out
     return dataclasses.replace(plan, attacks=tuple(found), left_out=tuple(dict.fromkeys(left_out)), threat=order[-1])
+
+
+def _with_curve(
+    attacks: str | Iterable[str], points: int, order: Sequence[ThreatModel], host: PluginHost, about: Mapping[str, Any]
+) -> Plan:
+    from scl_defense_benchmarks.pgd_min import evenly  # imports torch's attacks
+
+    if not 2 <= points <= MOST_POINTS:
+        raise UserError(f"curve is {points}; it must be from 2 to {MOST_POINTS} radii")
+    if len(order) > 1:
+        raise UserError("eps holds several radii already, which are a curve; leave the others or curve (--curve) out")
+    (main,) = order
+    if main.radius == 0:
+        raise UserError("a curve needs a largest radius above 0; give one with eps (--eps 8/255)")
+    searches = [one.name for one in parse_battery(attacks) if hasattr(_target(one.name, host), "radii")]
+    plan = plan_battery(
+        [*parse_battery(attacks), *([] if searches else parse_battery("pgd-min"))], host=host, threats=order, **about
+    )
+    radii = evenly(main.eps, points)
+    found: list[PlannedAttack] = []
+    for planned in plan.attacks:
+        if planned.threat == main and getattr(planned.attack, "radii", None) == ():
+            planned = dataclasses.replace(planned, attack=dataclasses.replace(planned.attack, radii=radii))
+        found.append(planned)
+    for planned in tuple(found):
+        if planned.attack.minimal and planned.threat == main:
+            for eps in radii[:-1]:
+                label = f"{planned.label}:eps={eps}"
+                found.append(dataclasses.replace(planned, label=label, threat=ThreatModel(main.norm, eps)))
+    return dataclasses.replace(plan, attacks=tuple(found))
+
+
+def _target(name: str, host: PluginHost) -> Any:
+    return host["attack"].get(name) if name in host["attack"] else None
 
 
 def same_attack(one: PlannedAttack, other: PlannedAttack) -> bool:

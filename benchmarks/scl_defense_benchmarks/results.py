@@ -30,7 +30,7 @@ SPARED = 5  # in a cascade: right, but an earlier attack has broken it, so that 
 OUTCOMES = {"misclassified": 0, "robust": 1, "broken": 2, "unmoved": 3, "untried": 4, "spared": 5}
 
 # What differs between two runs of the same question, a resumed and an unbroken one too; nothing else does.
-TIMES = ("created", "seconds")
+TIMES = ("created", "seconds", "memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,7 @@ class EvaluationResult:
     workers: int = 1
     threads: int = 1
     ranks: int = 1
+    memory: Mapping[str, Any] | None = None  # of batch_size=auto: what was measured and what was free, in bytes
     command: str | None = None
     created: str | None = None
     mode: str = "independent"

@@ -8,7 +8,6 @@ from typing import Any
 from scl_defense.checkpoint import atomic_write_bytes
 from scl_defense.errors import UserError
 from speed.bars import Verdict, verdicts
-from speed.precision import families
 
 Content = Mapping[str, Any]
 
@@ -177,22 +176,23 @@ def _bars(found: Sequence[Verdict]) -> str:
 
 
 def _precision(content: Content) -> str:
-    """Either file of precision.py: bfloat16 alone against float32, and the command with its three choices."""
-    paired = content.get("lines") or content["bf16_alone_against_fp32"]
-    found = content.get("families") or families(paired)
+    """The file of precision.py; ``rows``, where it has them: what the command found with each of its choices."""
+    paired, names = content["lines"], {"alone": "bfloat16 alone", "auto": "bfloat16, then float32 in doubt"}
     lines = [
         [
             name,
-            f"{one['points_less_in_bf16']:+.2f} [{one['interval'][0]:+.2f}, {one['interval'][1]:+.2f}]",
+            names[how],
+            f"{one['points_less']:+.2f} [{one['interval'][0]:+.2f}, {one['interval'][1]:+.2f}]",
             str(one["images"]),
             _number(one["time_ratio"]),
-            "yes" if one["enough"] else "no",
+            "yes" if one["within"] else "no",
         ]
-        for name, one in found.items()
+        for name, ways in content["families"].items()
+        for how, one in ways.items()
     ]
     networks = ", ".join(dict.fromkeys(line["network"] for line in paired))
-    text = f"bfloat16 alone against float32: {networks}; {len({line['seed'] for line in paired})} networks of each.\n\n"
-    text += table(["attack", "points less, 95 %", "images", "time over fp32", "within the limits"], lines)
+    text = f"Against float32: {networks}; {len({line['seed'] for line in paired})} networks of each.\n\n"
+    text += table(["attack", "run in", "points less, 95 %", "images", "time over fp32", "within 0.2 points"], lines)
     asked: dict[tuple[str, str], list[Content]] = {}
     for row in content.get("rows", ()):
         asked.setdefault((row["attack"], row["asked"]), []).append(row)

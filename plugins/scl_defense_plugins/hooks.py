@@ -77,6 +77,7 @@ def register_datasets(register: Register) -> None:
     register("cifar100", f"{at}.torchvision_sets:CIFAR100", summary="CIFAR-100 32x32 colour, 100 classes")
     register("svhn", f"{at}.torchvision_sets:SVHN", summary="Street View House Numbers 32x32 colour, 10 classes")
     register("npz", f"{at}.npz:Npz", summary="your own arrays: images (N,H,W,C) uint8 and labels per split")
+    register("npy", f"{at}.npy:Npy", summary="your own arrays as .npy files, read as needed: larger than memory")
     register("image-folder", f"{at}.image_folder:ImageFolder", summary="your own images: one folder a class")
 
 

@@ -15,6 +15,16 @@ from scl_defense.errors import UserError
 from scl_defense.launcher import leads
 
 
+class _Images(click.IntRange):
+    name = "images"
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 @click.command("benchmark")
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--attacks", default="fgsm,pgd,cw", show_default=True, metavar="LIST",
@@ -26,6 +36,9 @@ from scl_defense.launcher import leads
 @click.option("--norm", type=click.Choice(["linf", "l2", "l1", "l0"]), help="Norm; default: the checkpoint's.")
 @click.option("--eps", metavar="EPS", help="Radius, as 8/255 or 0.1; default: the checkpoint's. Several are a curve: "
               "2/255,4/255,8/255 (the largest is the main one).")  # fmt: skip
+@click.option("--curve", type=click.IntRange(2, 1000), metavar="POINTS",
+              help="Also accuracy against eps, at so many radii up to the main one, from one search (pgd-min) that "
+              "costs little more than PGD at one radius.")  # fmt: skip
 @click.option("--n", type=click.IntRange(min=1), help="Attack only so many test images (stratified); all, if fewer.")
 @click.option("--mode", type=click.Choice(["independent", "cascade"]), default="independent", show_default=True,
               help="independent: every attack gets every image, so that they compare; cascade: only what no attack "
@@ -36,8 +49,9 @@ from scl_defense.launcher import leads
               "--model and -m. It is normalised as --mean, --std and --channels say.")  # fmt: skip
 @click.option("--probes", type=click.Choice(["quick", "deep", "none"]), default="quick", show_default=True,
               help="How much is tried beside the battery to find masked gradients.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True,
-              help="The most images at a time; saves memory and reaches no number.")  # fmt: skip
+@click.option("--batch-size", type=_Images(), default=128, show_default=True, metavar="N|auto",
+              help="The most images at a time; saves memory and reaches no number. auto: what fits into half of the "
+              "free memory.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "auto", "bf16"]), default="fp32", show_default=True,
               help="What attacks run in; every verdict is float32. bf16: bfloat16 first, then float32 on what "
               "survived; auto: only where it was measured to find as much, and is faster here.")  # fmt: skip
@@ -81,6 +95,7 @@ def command(
     scl-defense benchmark runs/RUN/best.pt --attacks standard --n 200
     scl-defense benchmark runs/RUN/best.pt --attacks torchattacks:pgd,art:pgd,native:pgd --eps 0.2
     scl-defense benchmark runs/RUN/best.pt --attacks pgd:restarts=5 --eps 2/255,4/255,8/255
+    scl-defense benchmark runs/RUN/best.pt --attacks pgd --curve 8
     scl-defense benchmark runs/RUN/best.pt --attacks standard --mode cascade --fail-under 0.4
     """
     common.host_for(plugins)  # a broken --plugin is answered first
@@ -171,7 +186,7 @@ def _beside(checkpoint: Path, settings: dict[str, Any]) -> Path:
     asked = sorted(
         (name, value)
         for name, value in settings.items()
-        if name not in ("device", "say", "workers") and (name, value) != ("surrogate_model", None)
+        if name not in ("device", "say", "workers") and not (name in ("surrogate_model", "curve") and value is None)
     )
     digest = hashlib.sha256(repr(asked).encode()).hexdigest()
     return checkpoint.with_name(f"{checkpoint.stem}-benchmark-{digest[:8]}.json")

@@ -12,13 +12,13 @@ import torch
 from planted_attacks import LINF, Brightness, Planted, first_pixel, run
 from scl_defense_benchmarks import native, twin
 from scl_defense_benchmarks.battery import Plan, PlannedAttack, plan_attacks
-from scl_defense_benchmarks.draws import OwnDraws, RowsOf
 from scl_defense_benchmarks.evaluate import evaluate
 from scl_defense_benchmarks.loans import Loan
 from scl_defense_benchmarks.results import TIMES
 from scl_defense_benchmarks.twin import precision_of, rounds, twin_of
 from torch import nn
 
+from scl_defense.draws import OwnDraws, RowsOf
 from scl_defense.errors import UserError
 from scl_defense.models import Network
 from scl_defense.plugins import default_host

@@ -108,7 +108,7 @@ EXCUSED: dict[str, dict[str, str]] = {
 # Attacks that work on some images only, or need a second network; they have tests of their own.
 OTHER_IMAGES = {"pixle", "torchattacks:pixle", "transfer"}
 # Data sets that need files; those are tested with files of their own below and in the data sets' tests.
-NEED_FILES = {"mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "image-folder"}
+NEED_FILES = {"mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "npy", "image-folder"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def test_the_tables_name_what_is_registered():
     assert set(VARIANTS) | set(FAST) | {f"dataset {name}" for name in NEED_FILES} <= known
 
 
-@pytest.mark.parametrize("name", sorted(NEED_FILES - {"npz", "image-folder"}))
+@pytest.mark.parametrize("name", sorted(NEED_FILES - {"npz", "npy", "image-folder"}))
 def test_data_that_is_not_there_is_a_failed_check_and_no_download(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SCL_DEFENSE_DATA_ROOT", str(tmp_path))
     assert make(default_host(), "dataset", name).download is True
@@ -184,6 +184,9 @@ def files(tmp_path):
         labels = np.arange(count) % 3
         (tmp_path / "arrays").mkdir(exist_ok=True)
         np.savez(tmp_path / "arrays" / f"{split}.npz", images=images, labels=labels)
+        (tmp_path / "mapped" / split).mkdir(parents=True)
+        np.save(tmp_path / "mapped" / split / "images.npy", images)
+        np.save(tmp_path / "mapped" / split / "labels.npy", labels)
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             folder = tmp_path / "pictures" / split / "abc"[label]
             folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +195,8 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "options"), [("npz", "arrays", {}), ("image-folder", "pictures", {"size": 8})]
+    ("name", "path", "options"),
+    [("npz", "arrays", {}), ("npy", "mapped", {}), ("image-folder", "pictures", {"size": 8})],
 )
 def test_data_sets_of_ones_own_files(files, name, path, options):
     results = check_entry(default_host()["dataset"].entry(name), {"path": path, **options}, root=files)

@@ -124,7 +124,7 @@ def limits():
     return found
 
 
-REQUIRED = {"image-folder": {"path": "x"}, "npz": {"path": "x"}}
+REQUIRED = {"image-folder": {"path": "x"}, "npz": {"path": "x"}, "npy": {"path": "x"}}
 
 
 def forbidden(kind):
