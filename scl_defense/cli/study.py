@@ -191,8 +191,11 @@ class Screen:
             self._running[cell] = {"since": time.monotonic(), "said": {}}
         elif kind == "progress" and cell in self._running:
             one = self._running[cell]
-            if phase_of(one) == "queued" != event.get("phase"):
+            before, now = phase_of(one), event.get("phase")
+            if "queued" in (before, now) and before != now:
                 one["since"] = time.monotonic()  # waiting is not working
+                if before is not None and now == "queued":
+                    self._say(f"requeued {cell}: {event['why']}; it will go on from what it saved")
             one["said"] = event
         elif kind == "lost":
             self._running.pop(cell, None)

@@ -27,7 +27,7 @@ SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={control}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

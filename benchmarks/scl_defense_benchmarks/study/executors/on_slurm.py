@@ -12,12 +12,11 @@ from typing import Any
 from scl_defense.errors import UserError
 from scl_defense_benchmarks.study.cells import Cell
 from scl_defense_benchmarks.study.executors import Ended, Resources
-from scl_defense_benchmarks.study.executors.polled import Handed, Polled
+from scl_defense_benchmarks.study.executors.polled import COMEBACKS, Handed, Polled
 from scl_defense_benchmarks.study.executors.task import PATIENCE, Task
 
 ASK = 5.0  # seconds between two questions to the controller
 MINUTES = 240  # of a job when --slurm time=... is not given; a cell that needs longer saves and comes back
-COMEBACKS = 20  # how often it may
 GRACE = 90  # seconds before a job's end at which its cell is told to save
 OWN = {"cpus_per_task": "--cpus", "gpus_per_node": "--gpus", "gpus": "--gpus", "array": "--jobs"}
 FIXED = ("job_name", "output", "error", "open_mode", "signal", "nodes", "ntasks", "ntasks_per_node", "requeue",

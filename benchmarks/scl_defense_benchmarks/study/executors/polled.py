@@ -1,6 +1,5 @@
 """What Ray and SLURM have in common: jobs that are looked after from time to time."""
 
-import contextlib
 import os
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from scl_defense_benchmarks.study.executors import Ended
 from scl_defense_benchmarks.study.executors.task import PROGRESS, read_progress
 
 LOOK = 0.5  # seconds between two looks at the cells' folders
+COMEBACKS = 20  # how often a cluster may put a cell back into its queue: for time, for a better paying job, a dead node
 LATE = 60.0  # seconds that a file may take to be seen here: network file systems remember that it was not there
 
 
@@ -23,7 +23,7 @@ class Handed:
         self.cell, self.folder, self.handle = cell, folder, handle
         self.started = time.monotonic()
         self.said: Mapping[str, Any] | None = None
-        self.begun = False
+        self.begun, self.comebacks = False, 0
 
 
 class Polled:
@@ -53,8 +53,7 @@ class Polled:
         raise NotImplementedError
 
     def start(self, cell: Cell, folder: Path) -> Handed:
-        with contextlib.suppress(FileNotFoundError):  # what an earlier try said
-            (folder / PROGRESS).unlink()
+        (folder / PROGRESS).unlink(missing_ok=True)  # what an earlier try said
         job = Handed(cell, folder, self.hand_over(cell, folder.resolve()))
         self._jobs.append(job)
         return job
@@ -81,12 +80,25 @@ class Polled:
                     seen(job.folder / "record.json")
                 self._found.append((job, state))
                 continue
+            if isinstance(state, str) and job.begun and not self._came_back(job):
+                continue
             said = {"phase": "queued", "why": state} if isinstance(state, str) else read_progress(job.folder)
             if said is not None and said != job.said:
                 if said["phase"] != "queued" and not job.begun:
                     job.begun, job.started = True, time.monotonic()
                 job.said = said
                 self._found.append((job, said))
+
+    def _came_back(self, job: Handed) -> bool:
+        """A cell that had begun waits again; whether it may."""
+        job.begun, job.comebacks = False, job.comebacks + 1
+        (job.folder / PROGRESS).unlink(missing_ok=True)
+        if job.comebacks <= COMEBACKS:
+            return True
+        self._jobs.remove(job)
+        self.cancel([job])
+        self._found.append((job, Ended(f"the cluster put it back into the queue {job.comebacks} times")))
+        return False
 
     def stop(self, jobs: Sequence[Handed]) -> None:
         self._found.clear()
