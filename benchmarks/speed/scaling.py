@@ -1,10 +1,11 @@
 """How cost grows with images, steps, restarts, eps points, classes and ranks; and the plan for 64 GPUs made from it.
 
-    python benchmarks/speed/scaling.py                   # measures, about three minutes on 2 cores; rewrites docs/scaling.md
+    python benchmarks/speed/scaling.py                   # about three minutes on 2 cores; rewrites docs/scaling.md
     python benchmarks/speed/scaling.py --no-measuring    # the page again, from benchmarks/results/scaling.json
 
-Passes are counted, so their laws are exact; seconds are measured and fitted by least squares. The network is small and
-untrained, and the ball so small that nothing is fooled: every image pays for the whole attack, the dearest case.
+Passes are counted, so their laws are exact; seconds of CPU time, which other work on the machine leaves alone, are
+fitted by least squares. The network is small and untrained, and the ball so small that nothing is fooled: every image
+pays for the whole attack, the dearest case.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, RESULTS = ROOT / "docs" / "scaling.md", ROOT / "benchmarks" / "results" / "scaling.json"
-CHANGES = {"eval": ("images", "steps", "restarts", "points"), "train": ("images", "steps")}
 
 # -- the plan's assumptions; the page states them
 
@@ -77,7 +77,7 @@ def fit(rows: Sequence[Mapping[str, float]], terms: Sequence[str], target: str) 
     left = ["constant", *terms]
     measured = np.array([row[target] for row in rows], float)
     while True:
-        columns = np.array([[row.get(name, 1.0) if name != "constant" else 1.0 for name in left] for row in rows], float)
+        columns = np.array([[1.0 if name == "constant" else row[name] for name in left] for row in rows], float)
         found, *_ = np.linalg.lstsq(columns / measured[:, None], np.ones(len(rows)), rcond=None)
         worst = int(found.argmin())
         if found[worst] >= 0 or len(left) == 1:
@@ -115,9 +115,9 @@ def evaluation(images: int = 128, attack: str = "native:pgd", steps: int = 10, r
         labels = network(pictures).argmax(1)
     radii = [1e-7 * (1 + number) for number in range(points)]
     attacks = f"{attack}:steps={steps}" + (f":restarts={restarts}" if restarts > 1 else "")
-    began = time.perf_counter()
+    began = time.process_time()
     report = benchmark(network, pictures, labels, attacks=attacks, norm="linf", eps=radii, probes="none", device="cpu")
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     paid = [(row.forwards, row.backwards) for row in report.attacks]
     return {"kind": "eval", "images": images, "attack": attack, "steps": steps, "restarts": restarts, "points": points,
             "classes": classes, "seconds": seconds, "forwards": sum(f for f, _ in paid),
@@ -136,10 +136,12 @@ def training(folder: Path, trainer: str, generator: str, options: Mapping[str, A
         return _ranked(folder, settings, images, ranks)
     from scl_defense import train
 
+    began = time.process_time()
     made = train(train_config(settings))
+    seconds = time.process_time() - began
     return {"kind": "train", "trainer": trainer, "generator": generator, "options": dict(options), "images": images,
-            "steps": options.get("steps", 0), "ranks": 1, "seconds": made.seconds, "forwards": made.forwards,
-            "backwards": made.backwards}  # fmt: skip
+            "steps": options.get("steps", 0), "ranks": 1, "seconds": seconds, "wall": made.seconds,
+            "forwards": made.forwards, "backwards": made.backwards}  # fmt: skip
 
 
 def _ranked(folder: Path, settings: Mapping[str, Any], images: int, ranks: int) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def _ranked(folder: Path, settings: Mapping[str, Any], images: int, ranks: int) 
     forwards, backwards = content["passes"]
     return {"kind": "train", "trainer": settings["trainer"], "generator": settings["generator"], "images": images,
             "options": settings["generator_options"], "steps": settings["generator_options"].get("steps", 0),
-            "ranks": ranks, "seconds": content["seconds"], "forwards": forwards, "backwards": backwards}  # fmt: skip
+            "ranks": ranks, "wall": content["seconds"], "forwards": forwards, "backwards": backwards}  # fmt: skip
 
 
 def measure(ranks: Sequence[int]) -> dict[str, Any]:
@@ -181,13 +183,11 @@ def measure(ranks: Sequence[int]) -> dict[str, Any]:
         trains.append(training(folder, "cross-entropy", "pgd", {"steps": 10}, images=1280))
         recipes = [{"name": name, "epochs": epochs, **training(folder, trainer, generator, options)}
                    for name, trainer, generator, options, epochs in RECIPES]  # fmt: skip
-        plain = {one["trainer"]: one for one in recipes if one["generator"] == "none"}
-        for one in recipes:  # the same trainer without an attack: what is left of its passes is the attack's
-            if one["trainer"] not in plain:
-                plain[one["trainer"]] = training(folder, one["trainer"], "none" if one["trainer"] != "trades" else
-                                                 "uniform-noise", {})  # fmt: skip
-            one["attack_backwards"] = one["backwards"] - plain[one["trainer"]]["backwards"]
-        ranked = [training(folder, "cross-entropy", "pgd", {"steps": 10}, images=1280, ranks=number) for number in ranks]
+        for one in recipes:  # the same trainer on noise, which costs no pass: what is left is the attack's
+            noise = "none" if one["generator"] == "none" else "corner-noise"
+            own = training(folder, one["trainer"], noise, {}, images=128)
+            one["attack_backwards"] = one["backwards"] - own["backwards"]
+        ranked = [training(folder, "cross-entropy", "pgd", {"steps": 10}, images=1280, ranks=one) for one in ranks]
     plans = [{"name": name, "points": points, "share": share, **_plan_of(attacks, points)}
              for name, attacks, points, share in EVALUATIONS]  # fmt: skip
     return {"evals": evals, "classes": classes, "trains": trains, "recipes": recipes, "ranks": ranked,
@@ -208,7 +208,7 @@ def _plan_of(attacks: str, points: int) -> dict[str, float]:
 
 
 def flop_per_image() -> dict[str, float]:
-    """Of ResNet-50 at 224 x 224, counted on tensors without data: forward, and backward to the input or to everything."""
+    """Of ResNet-50, counted on tensors without data: forward, and backward to the input or to the weights."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from torchvision.models import resnet50
@@ -229,8 +229,9 @@ def flop_per_image() -> dict[str, float]:
 def machine() -> str:
     import torch
 
-    return (f"{platform.machine()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} "
-            f"cores, 1 thread, torch {torch.__version__}, Python {platform.python_version()}")  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    python = platform.python_version()
+    return f"{platform.machine()}, {cores} cores, 1 thread, torch {torch.__version__}, Python {python}"
 
 
 # -- the plan
@@ -299,24 +300,34 @@ def tables(found: Mapping[str, Any], cluster: Cluster) -> dict[str, str]:
         return f"{terms['constant']:.2g} s + {1e6 * terms['F']:.3g} µs F + {1e6 * terms['B']:.3g} µs B"
 
     counts = [[title, law(name), f"{100 * laws[name][1]:.2g} %"] for title, name in (
-        ("`benchmark`, `native:pgd`: forward", "eval forwards"), ("the same: backward", "eval backwards"),
-        ("`train`, cross-entropy on `pgd`: forward", "train forwards"), ("the same: backward", "train backwards"))]  # fmt: skip
+        ("`benchmark`, `native:pgd`: forward", "eval forwards"),
+        ("the same: backward", "eval backwards"),
+        ("`train`, cross-entropy on `pgd`: forward", "train forwards"),
+        ("the same: backward", "train backwards"),
+    )]  # fmt: skip
     times = [[title, seconds(name), f"{100 * laws[name][1]:.2g} %", str(rows)] for title, name, rows in (
-        ("`benchmark`", "eval seconds", len(found["evals"])), ("`train`, one epoch", "train seconds", len(found["trains"])))]  # fmt: skip
-    classes = [[f"`{row['attack']}:steps={row['steps']}`", str(row["classes"]), f"{row['forwards']:g}",
-                f"{row['backwards']:g}", f"{1000 * row['seconds'] / row['images']:.2g}"] for row in found["classes"]]  # fmt: skip
-    one = next(row["seconds"] for row in found["ranks"] if row["ranks"] == 1)
-    ranks = [[str(row["ranks"]), f"{row['images'] / row['seconds']:.0f}", f"{one / row['seconds']:.2f}",
-              f"{one / row['seconds'] / row['ranks']:.2f}"] for row in found["ranks"]]  # fmt: skip
+        ("`benchmark`", "eval seconds", len(found["evals"])),
+        ("`train`, one epoch", "train seconds", len(found["trains"])),
+    )]  # fmt: skip
+    classes = [
+        [f"`{row['attack']}:steps={row['steps']}`", str(row["classes"]), f"{row['forwards']:g}",
+         f"{row['backwards']:g}", f"{1000 * row['seconds'] / row['images']:.2g}"]
+        for row in found["classes"]
+    ]  # fmt: skip
+    one = next(row["wall"] for row in found["ranks"] if row["ranks"] == 1)
+    ranks = [[str(row["ranks"]), f"{row['images'] / row['wall']:.0f}", f"{one / row['wall']:.2f}",
+              f"{one / row['wall'] / row['ranks']:.2f}"] for row in found["ranks"]]  # fmt: skip
     flop = found["flop"]
     plan = []
     for row in found["recipes"]:
         hours, rate = train_hours(row, flop, cluster)
         plan.append([row["name"], str(row["epochs"]), f"{row['forwards']:.3g}", f"{row['backwards']:.3g}",
                      _hours(hours), _hours(hours * cluster.gpus), f"{rate:,.0f}"])  # fmt: skip
-    checks = [[row["name"], f"{row['share'] * IMAGENET['test']:,.0f}", f"{row['forwards']:,.0f}", f"{row['backwards']:,.0f}",
-               _hours(evaluation_hours(row, flop, cluster)), _hours(evaluation_hours(row, flop, cluster) * cluster.gpus)]
-              for row in found["evaluations"]]  # fmt: skip
+    checks = []
+    for row in found["evaluations"]:
+        hours, images = evaluation_hours(row, flop, cluster), row["share"] * IMAGENET["test"]
+        checks.append([row["name"], f"{images:,.0f}", f"{row['forwards']:,.0f}", f"{row['backwards']:,.0f}",
+                       _hours(hours), _hours(hours * cluster.gpus)])  # fmt: skip
     return {
         "counts": _table(("passes of one image", "law", "error"), counts),
         "seconds": f"{found['machine']}\n\n" + _table(("command", "seconds", "median error", "runs"), times),
@@ -324,10 +335,12 @@ def tables(found: Mapping[str, Any], cluster: Cluster) -> dict[str, str]:
         "ranks": _table(("ranks", "images/s", "speed-up", "efficiency"), ranks),
         "assumptions": "\n".join((
             f"- ResNet-50, {IMAGENET['pixels']} x {IMAGENET['pixels']}: {flop['forward'] / 1e9:.2f} GFLOP forward, "
-            f"{flop['to input'] / 1e9:.2f} backward to the input (an attack's step), {flop['to weights'] / 1e9:.2f} backward "
-            "to the weights (a training step); counted, a multiplication and an addition being two.",
-            f"- {cluster.gpus} GPUs of {cluster.peak / 1e12:.0f} TFLOP/s dense bfloat16 (data sheet), {cluster.used:.0%} of "
-            f"it used, {cluster.scaling:.0%} of that left on all of them: {cluster.flops / 1e15:.2f} PFLOP/s in all.")),
+            f"{flop['to input'] / 1e9:.2f} backward to the input (an attack's step), {flop['to weights'] / 1e9:.2f} "
+            "backward to the weights (a training step); counted, a multiplication and an addition being two.",
+            f"- {cluster.gpus} GPUs of {cluster.peak / 1e12:.0f} TFLOP/s dense bfloat16 (data sheet), "
+            f"{cluster.used:.0%} of it used, {cluster.scaling:.0%} of that left on all of them together: "
+            f"{cluster.flops / 1e15:.2f} PFLOP/s in all.",
+        )),
         "training": _table(("recipe", "epochs", "forward", "backward", "hours", "GPU hours", "images/s to load"), plan),
         "evaluation": _table(("evaluation", "images", "forward", "backward", "hours", "GPU hours"), checks),
     }  # fmt: skip
@@ -340,7 +353,7 @@ def _hours(hours: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-measuring", action="store_true", help="the page alone, from the committed results")
-    parser.add_argument("--ranks", default="1", help="process counts to measure, like 1,2 (more than 1: under torchrun)")
+    parser.add_argument("--ranks", default="1", help="process counts to measure, like 1,2 (above 1: under torchrun)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args()

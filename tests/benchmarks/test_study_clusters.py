@@ -112,11 +112,16 @@ def ray_cluster():
     pytest.importorskip("ray", reason='needs pip install "scl-defense[ray]"')
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    def node(cpus):
+        # Ports given, not found by each agent: a node gives up when a slow machine lets it wait for them.
+        names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+        ports = zip(names, slurm_cluster.free_ports(len(names)), strict=True)
+        return {"num_cpus": cpus, "object_store_memory": 80 << 20, **dict(ports)}
+
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node(0)})
     try:
         for _ in range(2):
-            cluster.add_node(num_cpus=1, **small)
+            cluster.add_node(**node(1))
         yield cluster
     finally:
         cluster.shutdown()
