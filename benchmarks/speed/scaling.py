@@ -36,7 +36,7 @@ class Cluster:
 
     gpus: int = 64
     peak: float = 989e12
-    used: float = 0.15
+    used: float = 0.10
     scaling: float = 0.9
 
     @property
@@ -271,18 +271,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def fitted(found: Mapping[str, Any]) -> dict[str, tuple[dict[str, float], float]]:
     """Laws: passes of an image, and seconds from passes."""
     evals = [{**row, "K R E": row["steps"] * row["restarts"] * row["points"], "R E": row["restarts"] * row["points"],
-              "E": row["points"], "F": row["images"] * row["forwards"], "B": row["images"] * row["backwards"]}
+              "E": row["points"], "P": row["images"] * (row["forwards"] + row["backwards"]) / 2}
              for row in found["evals"]]  # fmt: skip
-    trains = [{**row, "K": row["steps"], "F": row["images"] * row["forwards"], "B": row["images"] * row["backwards"],
-               "batches": row["images"] / 64} for row in found["trains"]]  # fmt: skip
+    trains = [{**row, "K": row["steps"], "P": row["images"] * (row["forwards"] + row["backwards"]) / 2}
+              for row in found["trains"]]  # fmt: skip
     adversarial = [row for row in trains if row["generator"] == "pgd"]
     return {
         "eval forwards": fit(evals, ("K R E", "R E", "E"), "forwards"),
         "eval backwards": fit(evals, ("K R E", "R E", "E"), "backwards"),
-        "eval seconds": fit(evals, ("F", "B"), "seconds"),
+        "eval seconds": fit(evals, ("P",), "seconds"),
         "train forwards": fit(adversarial, ("K",), "forwards"),
         "train backwards": fit(adversarial, ("K",), "backwards"),
-        "train seconds": fit(trains, ("F", "B"), "seconds"),
+        "train seconds": fit(trains, ("P",), "seconds"),
     }
 
 
@@ -291,21 +291,24 @@ def tables(found: Mapping[str, Any], cluster: Cluster) -> dict[str, str]:
 
     def law(name: str) -> str:
         terms, _ = laws[name]
-        shown = [f"{value:.3g}" if term == "constant" else f"{value:.3g} {term}" for term, value in terms.items()
-                 if abs(value) > 1e-6]  # fmt: skip
+        shown = [f"{value:.3g}" if term == "constant" else f"{value:.3g} {term}".removeprefix("1 ")
+                 for term, value in terms.items() if abs(value) > 1e-6]  # fmt: skip
         return " + ".join(shown) or "0"
 
     def seconds(name: str) -> str:
         terms, _ = laws[name]
-        return f"{terms['constant']:.2g} s + {1e6 * terms['F']:.3g} µs F + {1e6 * terms['B']:.3g} µs B"
+        return f"{terms['constant']:.2g} s + {1e6 * terms['P']:.3g} µs P"
 
-    counts = [[title, law(name), f"{100 * laws[name][1]:.2g} %"] for title, name in (
+    def error(name: str) -> str:
+        return "none" if laws[name][1] < 1e-9 else f"{100 * laws[name][1]:.2g} %"
+
+    counts = [[title, law(name), error(name)] for title, name in (
         ("`benchmark`, `native:pgd`: forward", "eval forwards"),
         ("the same: backward", "eval backwards"),
         ("`train`, cross-entropy on `pgd`: forward", "train forwards"),
         ("the same: backward", "train backwards"),
     )]  # fmt: skip
-    times = [[title, seconds(name), f"{100 * laws[name][1]:.2g} %", str(rows)] for title, name, rows in (
+    times = [[title, seconds(name), error(name), str(rows)] for title, name, rows in (
         ("`benchmark`", "eval seconds", len(found["evals"])),
         ("`train`, one epoch", "train seconds", len(found["trains"])),
     )]  # fmt: skip
@@ -341,13 +344,13 @@ def tables(found: Mapping[str, Any], cluster: Cluster) -> dict[str, str]:
             f"{cluster.used:.0%} of it used, {cluster.scaling:.0%} of that left on all of them together: "
             f"{cluster.flops / 1e15:.2f} PFLOP/s in all.",
         )),
-        "training": _table(("recipe", "epochs", "forward", "backward", "hours", "GPU hours", "images/s to load"), plan),
-        "evaluation": _table(("evaluation", "images", "forward", "backward", "hours", "GPU hours"), checks),
+        "training": _table(("recipe", "epochs", "forward", "backward", "time", "GPU time", "images/s to load"), plan),
+        "evaluation": _table(("evaluation", "images", "forward", "backward", "time", "GPU time"), checks),
     }  # fmt: skip
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+    return f"{60 * hours:.2g} min" if hours < 1 else f"{hours:.2g} h" if hours < 10 else f"{hours:,.0f} h"
 
 
 def main() -> None:

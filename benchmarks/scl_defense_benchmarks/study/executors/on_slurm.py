@@ -62,6 +62,17 @@ def minutes(text: str) -> int:
     return found
 
 
+class SlurmTask(Task):
+    """submitit looks for ``checkpoint`` when the time of the job is nearly up."""
+
+    def checkpoint(self) -> Any:
+        """Save, and come back: SLURM puts the job into its queue again."""
+        import submitit
+
+        self.stop()
+        return submitit.helpers.DelayedSubmission(self)
+
+
 class Slurm(Polled):
     """One job a cell. ``OUT/slurm/`` holds what submitit writes, ``job.json`` in a cell's folder its job.
 
@@ -89,7 +100,7 @@ class Slurm(Polled):
         executor = submitit.SlurmExecutor(self._notes, max_num_timeout=COMEBACKS)
         executor.update_parameters(**self._parameters(cell))
         try:
-            job = executor.submit(Task(folder, self._threads, stop_signals=True))
+            job = executor.submit(SlurmTask(folder, self._threads, stop_signals=True))
         except FailedJobError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise UserError(f"SLURM refused cell '{cell.id}': {lines[-1] if lines else error}") from None

@@ -132,13 +132,6 @@ class Task:
                 os.kill(self._process.pid, signal.SIGKILL)
             time.sleep(0.1)
 
-    def checkpoint(self) -> Any:
-        """Called by submitit when the job's time is nearly up: save, and come back in a job of the same kind."""
-        import submitit
-
-        self.stop()
-        return submitit.helpers.DelayedSubmission(self)
-
 
 def _replace(path: Path, content: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
