@@ -71,8 +71,18 @@ class Ray(Polled):
         found: dict[Handed, Ended | str] = {job: _how(job.handle) for job in jobs if job.handle in ended}
         for job in jobs:
             if job not in found and not job.begun and not (job.folder / "progress.json").exists():
-                found[job] = "for a free node"
+                found[job] = self._waits_for()
         return found
+
+    def _waits_for(self) -> str:
+        """A cell that is too large for every node would wait in silence; a cluster that grows may get the node yet."""
+        import ray
+
+        cpus, gpus = self._needs["num_cpus"], self._needs["num_gpus"]
+        sizes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(size.get("CPU", 0) >= cpus and size.get("GPU", 0) >= gpus for size in sizes):
+            return "for a free node"
+        return f"for a node with {cpus} CPUs and {gpus:g} GPUs: the cluster has none of that size now"
 
     def cancel(self, jobs: Sequence[Handed]) -> None:
         import ray
