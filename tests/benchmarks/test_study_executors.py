@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import sys
 import time
 from types import SimpleNamespace
@@ -348,6 +349,19 @@ def test_a_missing_extra_is_one_line_with_the_command(name, package, monkeypatch
     monkeypatch.setattr(executors.importlib.util, "find_spec", lambda asked: None if asked == package else 1)
     with pytest.raises(UserError, match=rf'needs the package \'{package}\': pip install "scl-defense\[{name}\]"'):
         check(name, Resources())
+
+
+def test_a_ray_address_where_nobody_listens_is_told_at_once():
+    from scl_defense_benchmarks.study.executors.on_ray import knock
+
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound, not listening
+        with pytest.raises(ConnectionRefusedError):
+            knock(f"127.0.0.1:{held.getsockname()[1]}")
+        held.listen()
+        knock(f"127.0.0.1:{held.getsockname()[1]}")
+    knock(None)
+    knock("auto")
 
 
 def test_neither_library_is_imported_before_it_is_asked_for():

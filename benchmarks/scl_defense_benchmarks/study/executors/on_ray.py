@@ -1,6 +1,7 @@
 """Cells as tasks of a Ray cluster. A task is a process on some node that holds the cell by its rope."""
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -41,8 +42,9 @@ class Ray(Polled):
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         address = self._address or os.environ.get("RAY_ADDRESS")
         try:
+            knock(address)
             ray.init(address=address or "auto", **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             if address is not None:
                 raise UserError(
                     f"no Ray cluster answers at '{address}' ({' '.join(str(error).split())[:200]}); start one with "
@@ -97,6 +99,13 @@ class Ray(Polled):
                 continue
             if not left:
                 return
+
+
+def knock(address: str | None) -> None:
+    """Raises ``OSError`` when nobody listens at ``host:port``: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=15).close()
 
 
 def _call(task: Task) -> dict[str, Any]:
