@@ -239,6 +239,11 @@ def test_each_attack_library_stays_in_one_adapter(library):
     assert user == f"benchmarks/scl_defense_benchmarks/{library}_adapter.py"
 
 
+@pytest.mark.parametrize(("library", "file"), [("ray", "on_ray"), ("submitit", "on_slurm")])
+def test_each_cluster_library_stays_in_one_executor(library, file):
+    assert users_of(library) == {f"benchmarks/scl_defense_benchmarks/study/executors/{file}.py"}
+
+
 def test_only_runtime_knows_of_other_processes():
     mentions = {
         path.relative_to(ROOT).as_posix()

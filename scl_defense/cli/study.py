@@ -17,7 +17,14 @@ from scl_defense.errors import UserError
 @click.option("--size", metavar="NAME", help="One of the recipe's sizes; default: its default_size.")
 @click.option("--out", metavar="DIR", help="Folder of the study; default: studies/<file>[-size].")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N",
-              help="Cells side by side; default: what cores and memory allow, one on a GPU.")  # fmt: skip
+              help="Cells side by side; default: what cores and memory allow, one on a GPU; all on a cluster.")
+@click.option("--executor", metavar="NAME", default="local", show_default=True,
+              help="Where cells run: local, slurm or ray; for these two --out must be a shared folder.")  # fmt: skip
+@click.option("--cpus", type=click.IntRange(min=1), metavar="N", help="CPUs, and threads, of a cell.")
+@click.option("--gpus", type=click.FloatRange(min=0), metavar="N", help="GPUs of a cell (slurm, ray).")
+@click.option("--slurm", "slurm", multiple=True, metavar="NAME=VALUE",
+              help="Option of sbatch, repeatable: partition=gpu, time=4:00:00, mem=16G, account=me.")  # fmt: skip
+@click.option("--ray-address", metavar="HOST:PORT", help="Head of the Ray cluster; default: the one found here.")
 @click.option("--seeds", metavar="LIST", help="Seeds instead of the recipe's, like 0,1,2.")
 @click.option("--only", metavar="LIST", help="Run these methods alone; tables show whatever is there.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
@@ -40,6 +47,7 @@ def command(
     as_json: bool,
     quiet: bool,
     report: bool | None,
+    slurm: tuple[str, ...],
     **rest: Any,
 ) -> None:
     """Train and attack a grid of methods and seeds; finished cells are not done again.
@@ -48,6 +56,7 @@ def command(
     scl-defense study benchmarks/studies/smoke.toml
     scl-defense study benchmarks/studies/q1-generators.toml --size digits --jobs 2
     scl-defense study benchmarks/studies/q2-methods.toml --size mnist --dry-run
+    scl-defense study q1.toml --executor slurm --cpus 4 --gpus 1 --slurm partition=gpu
     """
     from scl_defense import study
 
@@ -57,6 +66,7 @@ def command(
             seeds=None if seeds is None else _integers(seeds),
             only=_names(only),
             overrides=_settings(settings),
+            slurm=common.key_values(slurm, "--slurm"),
             plugins=plugins,
             dry_run=dry_run,
             on_event=screen,
@@ -158,7 +168,16 @@ class Screen:
         elif kind == "start":
             self._running[cell] = {"since": time.monotonic(), "said": {}}
         elif kind == "progress" and cell in self._running:
-            self._running[cell]["said"] = event
+            one = self._running[cell]
+            before, now = phase_of(one), event.get("phase")
+            if "queued" in (before, now) and before != now:
+                one["since"] = time.monotonic()  # waiting is not working
+                if before is not None and now == "queued":
+                    self._say(f"requeued {cell}: {event['why']}; it will go on from what it saved")
+            one["said"] = event
+        elif kind == "lost":
+            self._running.pop(cell, None)
+            self._say(f"lost    {cell}: {event['reason']}; try {event['tried'] + 1} of {event['tries']} follows")
         elif kind in ("done", "failed"):
             self._running.pop(cell, None)
             self._ended(event)
@@ -196,17 +215,22 @@ class Screen:
         if not self._spent or not self._left:
             return ""
         mean = sum(self._spent) / len(self._spent)
-        rest = self._left * mean - sum(time.monotonic() - one["since"] for one in self._running.values())
-        return f", about {common.duration(max(rest, 0.0) / max(1, min(self._jobs, self._left)))} more"
+        working = [one for one in self._running.values() if phase_of(one) != "queued"]
+        rest = self._left * mean - sum(time.monotonic() - one["since"] for one in working)
+        # What a cluster does at the same time is not jobs, but what it has begun.
+        together = min(self._jobs, self._left) if len(working) == len(self._running) else len(working)
+        return f", about {common.duration(max(rest, 0.0) / max(1, together))} more"
 
     def _view(self) -> Any:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
         waiting = self._left - len(self._running)
+        queued = sum(phase_of(one) == "queued" for one in self._running.values())
+        running = f"{len(self._running) - queued} running" + (f", {queued} in the cluster's queue" if queued else "")
         table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left",
                       title=f"{self._before + self._done} of {self._cells} cells done, {self._failed} failed, "
-                            f"{len(self._running)} running, {waiting} waiting{self._time_left()}")  # fmt: skip
+                            f"{running}, {waiting} waiting{self._time_left()}")  # fmt: skip
         table.add_column("running", overflow="fold")
         table.add_column("at", overflow="fold")
         table.add_column("since", justify="right", no_wrap=True)
@@ -215,11 +239,17 @@ class Screen:
         return table
 
 
+def phase_of(one: Mapping[str, Any]) -> str | None:
+    return one["said"].get("phase")
+
+
 def phase_text(said: Mapping[str, Any]) -> str:
     """What a cell last said of itself, in a few words."""
     phase = said.get("phase")
     if phase is None:
         return "starting"
+    if phase == "queued":
+        return f"queued, {said['why']}"
     if phase == "attack":
         if "attack" not in said:
             return f"{said['battery']}: planning"

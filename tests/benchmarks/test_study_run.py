@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from scl_defense_benchmarks.study import study
 from scl_defense_benchmarks.study.cells import grid
-from scl_defense_benchmarks.study.pool import Running
+from scl_defense_benchmarks.study.executors.local import Running
 from scl_defense_benchmarks.study.spec import read_spec
 from scl_defense_benchmarks.study.store import Store
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from scl_defense.errors import Interrupted, SclDefenseError
 
@@ -81,15 +81,17 @@ class Worker:
 
 
 def main() -> int:
-    worker = Worker()
+    worker, folder = Worker(), Path(sys.argv[1])
     try:
-        folder = Path(sys.argv[1])
         # An orphan of a study that was killed may still be saving: wait for it, it is short.
         with FileLock(folder / ".lock", timeout=150):
             run(folder, worker)
         return 0
     except Interrupted:
         return STOPPED
+    except Timeout:
+        sys.stderr.write(f"error: another process still works in '{folder}'; wait for it or stop it\n")
+        return 1
     except SclDefenseError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return error.exit_code

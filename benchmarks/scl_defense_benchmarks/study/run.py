@@ -5,12 +5,14 @@ import os
 import platform
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from scl_defense.errors import Interrupted, UserError, nearest
 from scl_defense.plugins import PluginHost, default_host
+from scl_defense_benchmarks.study import executors
 from scl_defense_benchmarks.study.cells import Cell, check_components, grid
 from scl_defense_benchmarks.study.outcome import StudyResult
 from scl_defense_benchmarks.study.spec import Spec, read_spec
@@ -31,6 +33,11 @@ def study(
     overrides: Mapping[str, Any] | None = None,
     data_root: str | Path | None = None,
     jobs: int | None = None,
+    executor: str = "local",
+    cpus: int | None = None,
+    gpus: float | None = None,
+    slurm: Mapping[str, str] | None = None,
+    ray_address: str | None = None,
     plugins: Sequence[str | Path] = (),
     dry_run: Literal[False] = False,
     redo: bool = False,
@@ -51,6 +58,11 @@ def study(
     overrides: Mapping[str, Any] | None = None,
     data_root: str | Path | None = None,
     jobs: int | None = None,
+    executor: str = "local",
+    cpus: int | None = None,
+    gpus: float | None = None,
+    slurm: Mapping[str, str] | None = None,
+    ray_address: str | None = None,
     plugins: Sequence[str | Path] = (),
     dry_run: bool = False,
     redo: bool = False,
@@ -61,10 +73,14 @@ def study(
 
     recipe: a TOML file, as ``benchmarks/studies/smoke.toml`` shows. out: default ``studies/<file stem>[-size]``. only:
     methods to run now; tables show what is there. overrides: of ``[base]``. jobs: cells side by side (default: what
-    cores and memory give); the threads of a cell follow from it once and stay, so that a restart rounds alike.
+    cores and memory give; on a cluster all of them, it has a queue). executor: ``local``, ``slurm`` or ``ray``; the
+    others need their extra, and a folder that all machines share. cpus, gpus: of a cell. slurm: options of ``sbatch``.
+    ray_address: of the cluster's head. The threads of a cell are its cpus, else what jobs leaves it (1 on a cluster);
+    they are settled once and stay, so that a restart rounds alike.
     Returns a :class:`StudyResult`; with ``dry_run`` a dict with the grid and an estimate, and nothing is written.
-    Cells that fail are in ``failed``; the others go on. SIGINT and SIGTERM let the cells save and raise
-    :class:`Interrupted`. Raises :class:`UserError` before anything runs for a recipe that cannot be.
+    Cells that fail are in ``failed``; the others go on, and one whose worker was lost is tried again. SIGINT and
+    SIGTERM let the cells save, cancel what was submitted, and raise :class:`Interrupted`. Raises :class:`UserError`
+    before anything runs for a recipe that cannot be.
 
     >>> import scl_defense
     >>> plan = scl_defense.study("benchmarks/studies/smoke.toml", only=["none"], dry_run=True)
@@ -80,20 +96,32 @@ def study(
     store = Store(out or usual)
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
+    resources = executors.Resources(cpus=cpus, gpus=gpus, slurm=slurm or {}, ray_address=ray_address)
+    executors.check(executor, resources)
     if tables_only:
         return _finish(spec, store, cells, store.read_results(), {})
     host = default_host(plugins)
     check_components(spec, chosen, host)
-    threads = store.read_about().get("threads")
-    if jobs is None:
-        jobs = room(chosen, threads or 1)
-    threads = threads or max(1, _cores() // jobs)
+    threads = store.read_about().get("threads") or cpus
+    if executor == "local":
+        cores = _cores()
+        if jobs is None:
+            jobs = room(chosen, threads or 1)
+        threads = threads or max(1, cores // jobs)
+    else:
+        jobs = len(chosen) if jobs is None else jobs
+        threads = threads or 1
+        cores = cpus or threads  # what a cell is given, on whatever node
     if dry_run:
         return _plan(store, chosen, host, jobs, threads)
     command = _command(spec, seeds, only, overrides, plugins)
     again = command + (f" --out {shlex.quote(str(store.out))}" if store.out != usual else "")
-    settings = {"plugins": [str(path) for path in plugins], "threads": threads, "cores": _cores()}
-    return _run(spec, store, cells, chosen, settings, jobs=jobs, redo=redo, command=command, again=again, say=say)
+    settings = {"plugins": [str(path) for path in plugins], "threads": threads, "cores": cores}
+    where = partial(executors.make, executor, resources, threads=threads, out=store.out)
+    if executor != "local":
+        again += f" --executor {executor}"
+    return _run(spec, store, cells, chosen, settings, where=where, jobs=jobs, redo=redo, command=command, again=again,
+                say=say)  # fmt: skip
 
 
 def _run(
@@ -103,6 +131,7 @@ def _run(
     chosen: Sequence[Cell],
     settings: Mapping[str, Any],
     *,
+    where: Callable[[], executors.Executor],
     jobs: int,
     redo: bool,
     command: str,
@@ -127,18 +156,20 @@ def _run(
             own = {"embed": cell.seed == spec.seeds[0], "device": cell.recipe["train"]["device"]}
             return store.prepare(cell, {**settings, **own})
 
-        def on_done(cell: Cell, reason: str | None) -> None:
+        def on_done(cell: Cell, reason: str | None) -> str | None:
             if reason is None and store.record(cell) is None:
                 reason = "it ended without a record"
             if reason is not None:
                 failed[cell.id] = reason
                 store.fail(cell, reason)
             store.write_results(cells)
+            return reason
 
         lines = store.write_results(cells)
-        with stop_on_signal() as stop:
-            work = [(cell, partial(prepare, cell)) for cell in left]
-            run_cells(work, jobs=jobs, threads=settings["threads"], stop=stop, on_done=on_done, on_event=say)
+        work = [(cell, partial(prepare, cell)) for cell in left]
+        with where() if work else nullcontext() as executor, stop_on_signal() as stop:
+            if work:
+                run_cells(work, executor=executor, jobs=jobs, stop=stop, on_done=on_done, on_event=say)
         lines = store.write_results(cells)
         if stop:
             raise Interrupted(
