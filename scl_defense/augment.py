@@ -127,7 +127,8 @@ def resized_crop(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
 def luminance(images: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, 1, H, W), weights of ITU-R BT.601."""
     red, green, blue = images.split(1, dim=1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    weighted: Tensor = 0.2989 * red
+    return weighted.add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def hue_shifted(images: Tensor, turns: Tensor) -> Tensor:

@@ -28,18 +28,22 @@ def logsumexp_others(z: Tensor, temperature: float) -> Tensor:
     """
     # exp(s) itself must fit: no shift by a maximum is needed then, and exp(s_ij) serves rows i and j alike.
     if 1 / temperature + math.log(len(z)) > 0.95 * math.log(torch.finfo(z.dtype).max):
-        return _LogSumExp.apply(z, z, temperature, True)
-    return _LogSumExpOthers.apply(z, temperature)
+        value: Tensor = _LogSumExp.apply(z, z, temperature, True)
+    else:
+        value = _LogSumExpOthers.apply(z, temperature)
+    return value
 
 
 def logsumexp_all(z: Tensor, references: Tensor, temperature: float) -> Tensor:
     """log sum_k exp(z_i . r_k / temperature), (N,). z: (N, D); references: (M, D)."""
-    return _LogSumExp.apply(z, references, temperature, False)
+    value: Tensor = _LogSumExp.apply(z, references, temperature, False)
+    return value
 
 
 def class_sums(z: Tensor, group: Tensor, classes: int) -> Tensor:
     """Sums of the rows of each class, (K, D); the same on every device and in every run. group: (R,) in [0, K)."""
-    return _ClassSums.apply(z, group, classes)
+    value: Tensor = _ClassSums.apply(z, group, classes)
+    return value
 
 
 class _LogSumExpOthers(torch.autograd.Function):

@@ -108,11 +108,11 @@ def _pairs(network: nn.Module, forward: Callable[[], Any]) -> list[Pair]:
     made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     found: list[Pair] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
         if type(module) is nn.Conv2d:
             made_by[id(output)] = (module, output)  # kept alive, so that its id stays its own
-        elif inputs and id(inputs[0]) in made_by:
+        elif isinstance(module, nn.BatchNorm2d) and inputs and id(inputs[0]) in made_by:
             found.append((made_by[id(inputs[0])][0], module))
 
     parts = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)]
@@ -135,7 +135,8 @@ def _pairs(network: nn.Module, forward: Callable[[], Any]) -> list[Pair]:
 
 def _fold(network: nn.Module, convolution: str, norm: str, dtype: torch.dtype | None = None) -> Callable[[], None]:
     """Fold one pair in place; the result takes it back."""
-    layer, statistics = network.get_submodule(convolution), network.get_submodule(norm)
+    layer: Any = network.get_submodule(convolution)
+    statistics: Any = network.get_submodule(norm)
     parent, _, last = norm.rpartition(".")
     owner = network.get_submodule(parent)
     before = layer.weight, layer.bias

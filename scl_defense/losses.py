@@ -57,7 +57,8 @@ def supcon(embed: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     attraction = (sums.square().sum(1) * pull).sum() - (z.square().sum(1) * pull[group]).sum()
     anchors = size[group] > 1
     total = torch.where(anchors, logsumexp_others(z, temperature), 0).sum() - attraction / temperature
-    return total / anchors.sum().clamp(min=1)
+    mean: Tensor = total / anchors.sum().clamp(min=1)
+    return mean
 
 
 def ntxent(views: Tensor, temperature: float = 0.5) -> Tensor:

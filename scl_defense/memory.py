@@ -19,7 +19,7 @@ class _Tracked(TorchDispatchMode):
     """Inside, ``peak``: the most bytes that storages made here held together (CPU tensors, the backward pass too)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
@@ -59,7 +59,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | str) -> int:
         return int(torch.cuda.max_memory_allocated(device)) - before
     with _Tracked() as tracked:
         call()
-    return tracked.peak
+    peak: int = tracked.peak
+    return peak
 
 
 def free_bytes(device: torch.device | str) -> int | None:

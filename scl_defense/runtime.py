@@ -461,8 +461,11 @@ def _store() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
         raise SclDefenseError("there is no store that outlives the processes")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    found = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ECHO))
-    return dist.PrefixStore(f"scl-defense/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    found = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, timeout=timedelta(seconds=ECHO)
+    )
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"scl-defense/{again}", found)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -186,7 +186,8 @@ def passes_shared(network: Network, piece: Piece, *, by_row: bool, training: boo
 
     def of_all(features: Tensor, sizes: list[int]) -> Tensor:
         low = features.dtype in (torch.float16, torch.bfloat16)
-        return _Gather.apply(features.float() if low else features, sizes, not training)
+        found: Tensor = _Gather.apply(features.float() if low else features, sizes, not training)
+        return found
 
     def own_then_all(images: Tensor) -> Tensor:
         sizes = everybody.sizes(piece.whole)
@@ -263,7 +264,7 @@ def norms_shared(network: nn.Module, wanted: bool) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for norm in norms_of(network) if wanted and ranks().backend == "gloo" else ():
-            norm.forward = _forward_of(norm)  # type: ignore[method-assign]
+            norm.forward = _forward_of(norm)  # type: ignore[method-assign, assignment]
             undo.callback(norm.__dict__.pop, "forward")
         yield
 
@@ -274,11 +275,14 @@ def _forward_of(norm: _BatchNorm) -> Callable[[Tensor], Tensor]:
     def forward(inputs: Tensor) -> Tensor:
         if not norm.training:
             return alone(inputs)
+        found: Tensor
         found, mean, variance, count = _Normalised.apply(inputs, norm.weight, norm.bias, norm.eps)
         if norm.running_mean is not None and norm.running_var is not None:
             with torch.no_grad():
-                norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+                seen = norm.num_batches_tracked
+                assert seen is not None  # wherever there are statistics, they are counted
+                seen.add_(1)
+                share = 1 / float(seen) if norm.momentum is None else norm.momentum
                 unbiased = variance * (count / (count - 1).clamp(min=1))
                 norm.running_mean.lerp_(mean.to(norm.running_mean), share)
                 norm.running_var.lerp_(unbiased.to(norm.running_var), share)

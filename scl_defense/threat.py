@@ -150,9 +150,11 @@ class ThreatModel:
         if self.norm == "l0":
             return _keep_pixels(images, adversarial, self.radius if radii is None else radii[:, None])
         if self.norm == "linf":
-            radius = self.radius if radii is None else radii.to(images).view(-1, 1, 1, 1)
-            delta = (adversarial - images).clamp(-radius, radius)
-            return (images + delta).clamp(0, 1)
+            delta = adversarial - images
+            if radii is None:
+                return (images + delta.clamp(-self.radius, self.radius)).clamp(0, 1)
+            own = radii.to(images).view(-1, 1, 1, 1)
+            return (images + delta.clamp(-own, own)).clamp(0, 1)
         origin = _wide(images).flatten(1)
         delta = _wide(adversarial).flatten(1) - origin
         size = delta.abs()

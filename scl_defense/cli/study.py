@@ -240,7 +240,8 @@ class Screen:
 
 
 def phase_of(one: Mapping[str, Any]) -> str | None:
-    return one["said"].get("phase")
+    phase: str | None = one["said"].get("phase")
+    return phase
 
 
 def phase_text(said: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The contract of generators: what the core, and everybody who compares methods, relies on."""
 
 from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -216,7 +217,11 @@ def check_by_row(trials: Trials) -> None:
         applies_if(whole.shaped and len(whole.output))
         some = Batch(batch.views[:, 3:], batch.labels[3:], batch.images[3:], batch.indices[3:])
         theirs = iter(told)
-        part = trials.call(some, threat, gather=lambda values, theirs=theirs: next(theirs, values), rows=(3, 7))
+
+        def again(values: Tensor, theirs: Iterator[Tensor] = theirs) -> Tensor:
+            return next(theirs, values)
+
+        part = trials.call(some, threat, gather=again, rows=(3, 7))
         alike = part.shaped and len(part.output) == len(whole.output)
         # A sign may turn where a gradient is next to nothing: a pixel, never an image.
         moved = (whole.flat - whole.origin).abs().mean()
