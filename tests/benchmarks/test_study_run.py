@@ -208,7 +208,7 @@ def start(place, out, *more):
         return subprocess.Popen([*line, "--out", str(out), "--jobs", "2", *more], stdout=output, stderr=output)
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=240):
     until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until, "nothing happened"
