@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from page import PAGE, ROOT, bad_input, counted, figures, replaced
+from page import PAGE, ROOT, bad_input, counted, figures, replaced, score
 
 SUITE = [
     "tests/reliability/test_kills.py", "tests/reliability/test_faults.py", "tests/reliability/test_fuzz.py",
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="write the tables of the page that need no run")
     parser.add_argument("-n", dest="workers", default="0", help="workers of pytest-xdist (default: 0, one process)")
     said = parser.parse_args()
-    PAGE.write_text(replaced(PAGE.read_text(), "bad input", bad_input()))
+    PAGE.write_text(replaced(replaced(PAGE.read_text(), "bad input", bad_input()), "mutants", score()))
     if said.tables:
         return 0
     if not said.go_on and not said.files:

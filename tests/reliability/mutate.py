@@ -169,9 +169,7 @@ def mutate(module, tests, folder, said, minutes, again):
             work.clear()
             work.add_work_items(sorted(sample, key=key_of))
         known.write_text(str(len(every)))
-    if again:
-        with contextlib.closing(sqlite3.connect(session)) as database, database:
-            database.execute("delete from work_results where test_outcome = 'SURVIVED'")
+    lived = forget_survivors(session) if again else []
     first = os.pathsep.join(str(folder / part) for part in (".", "plugins", "benchmarks"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": first}
     server = subprocess.Popen([sys.executable, "tests/reliability/mutate.py", "--serve", place, module, *tests],
@@ -187,7 +185,18 @@ def mutate(module, tests, folder, said, minutes, again):
         server.kill()
         server.wait()
         shutil.copy2(ROOT / module, folder / module)
+        with contextlib.closing(sqlite3.connect(session)) as database, database:
+            for row in lived:  # those that the time did not suffice for live as before
+                database.execute(f"insert or ignore into work_results values ({','.join('?' * len(row))})", row)
     return counted(module, folder, said)
+
+
+def forget_survivors(session):
+    """Their rows, taken out of the session: cosmic-ray asks about them anew."""
+    with contextlib.closing(sqlite3.connect(session)) as database, database:
+        rows = database.execute("select * from work_results where test_outcome = 'SURVIVED'").fetchall()
+        database.execute("delete from work_results where test_outcome = 'SURVIVED'")
+    return rows
 
 
 def counted(module, folder, said):

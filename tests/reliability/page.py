@@ -90,6 +90,17 @@ def figures(found: Counter, passed: int, skipped: int, conditions: str) -> str:
     return _table(("figure", "", ""), rows)
 
 
+def score() -> str:
+    """The score of ``mutants.json``, a line a module."""
+    rows = [
+        (code(Path(module).stem), one["mutants"], one["tried"], one["killed"], len(one["survivors"]))
+        for module, one in known_mutants().items()
+    ]
+    total = ("all", *(sum(row[place] for row in rows) for place in (1, 2, 3, 4)))
+    head = ("module", "mutants there are", "tried, a random sample", "killed", "living, explained")
+    return _table(head, [*rows, total])
+
+
 def known_mutants() -> dict:
     place = HERE / "mutants.json"
     return json.loads(place.read_text()) if place.exists() else {}

@@ -14,6 +14,7 @@ TEXT = page.PAGE.read_text()
 def test_the_table_of_mistakes_is_that_of_the_tests():
     """``python tests/reliability/figures.py --tables`` writes it."""
     assert page.between(TEXT, "bad input") == page.bad_input()
+    assert page.between(TEXT, "mutants") == page.score()
 
 
 def test_every_test_that_the_page_names_exists():
