@@ -58,6 +58,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "resnet18-w8 robust": ("pgd-10", "restarts-5", "curve-8"),
 }
 _FLOOR_STEPS = 3
+_EVEN = 256  # chunks of 128, as many for one worker as for the other
 
 
 @dataclass
@@ -92,6 +93,7 @@ def measure(options: Options, say: Callable[[str], None] = lambda text: None) ->
             rows += floors
         per_image = units[one.name]["loop fp32"]["both"] * _WEIGHT[task.name]
         n = images_for(share / options.repeats, per_image, least=options.least, most=options.most)
+        n -= n % _EVEN if n > _EVEN else 0
         say(f"{one.name}: {task.name}, {min(n, len(one.images))} images")
         rows += _group(one, task, n, share, options, units[one.name])
     return rows

@@ -1,7 +1,7 @@
 """The contract of generators: what the core, and everybody who compares methods, relies on."""
 
-from dataclasses import fields, is_dataclass, replace
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
