@@ -155,6 +155,19 @@ def test_relative_links_lead_somewhere(name):
         assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """Each page is one session."""
+    monkeypatch.chdir(tmp_path)
+    code, session = blocks((ROOT / page).read_text(), "python"), {"__name__": "session"}
+    assert code
+    for block in code:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, page, "exec"), session)
+    if page == "docs/api.md":
+        assert {"training.png", "attacks.pdf", "page.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
 # -- the tutorials run, from the first line to the last
 
 # Not run: they change an environment, or wait for one. Everything else that a tutorial types is.

@@ -242,8 +242,8 @@ def _hub(endpoint: str | None) -> Iterator[Any]:
     except errors.HfHubHTTPError as error:
         raise SclDefenseError(f"the hub refused: {_line(error)}; are you logged in? (hf auth login)") from None
     except Exception as error:  # of whichever HTTP library it uses
-        text = f"{type(error).__name__}: {_line(error)}"
-        raise SclDefenseError(f"the hub cannot be reached, or answers strangely: {text}") from None
+        told = f"{type(error).__name__}: {_line(error)}"
+        raise SclDefenseError(f"the hub cannot be reached, or answers strangely: {told}") from None
     finally:
         if not bars:
             utils.enable_progress_bars()

@@ -23,8 +23,9 @@ EXTRAS = {
     "tensorboard": "train --logger tensorboard",
     "scattering": "contrastive-pgd -g space=scattering",
     "frame": "results as pandas tables (to_frame)",
+    "hub": "push and pull: the Hugging Face Hub",
     "timm": "networks of timm: benchmark --model timm:NAME",
-    "onnx": "benchmark of .onnx files",
+    "onnx": "benchmark of .onnx files, export --format onnx",
     "pyautoattack": "the official AutoAttack, to compare with",
     "docs": "building the documentation site",
 }

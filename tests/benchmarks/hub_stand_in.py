@@ -57,8 +57,8 @@ class Hub:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             if name in self.repositories:
-                body = {"error": "it exists", "url": f"{self.endpoint}/{name}"}
-                return 409, body, (("X-Error-Code", "RepoAlreadyExists"),)
+                told = {"error": "it exists", "url": f"{self.endpoint}/{name}"}
+                return 409, told, (("X-Error-Code", "RepoAlreadyExists"),)
             self.repositories[name] = {}
             self.private[name] = asked.get("private", asked.get("visibility") == "private")
             return 200, {"url": f"{self.endpoint}/{name}", "name": name, "id": name}

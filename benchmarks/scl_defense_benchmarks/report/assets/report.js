@@ -169,6 +169,8 @@
     if (!chart || !window.Chart) return;
     const box = figure.querySelector(".live"), canvas = figure.querySelector("canvas"), hidden = new Set();
     if (chart.kind === "bars") box.style.height = `${Math.max(12, 5 + 1.7 * chart.names.length)}rem`;
+    // A long legend takes its own room, not that of the lines.
+    else if (chart.kind === "lines" && chart.series.length > 5) box.style.height = `${20 + 0.9 * chart.series.length}rem`;
     box.hidden = false;
     figure.classList.add("alive");
     const live = new window.Chart(canvas, settings(chart, hidden));
