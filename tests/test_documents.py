@@ -123,7 +123,7 @@ def test_the_metadata_names_the_pythons_and_the_folders_are_no_packages():
         str(path.parent.relative_to(root)).replace("/", ".")
         for root in (ROOT, ROOT / "plugins", ROOT / "benchmarks")
         for top in root.glob("scl_defense*")
-        for path in [*top.glob("__init__.py"), *top.glob("*/__init__.py")]
+        for path in top.rglob("__init__.py")
     }
     assert found == listed
 

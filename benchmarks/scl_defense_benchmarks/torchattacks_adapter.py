@@ -202,9 +202,9 @@ class MIFGSM:
 class DeepFool:
     """DeepFool (Moosavi-Dezfooli et al. 2016, alg. 2): steps onto the nearest linearised boundary, smallest L2.
 
-    The library cuts at the box inside its loop and then converges *to* the boundary: the perturbation is tried as it
-    is, times 1.001 and times 1.02 (the paper's overshoot), and the nearest that is wrong is kept. It goes image by
-    image, with one backward pass a class and step: slow with many classes.
+    The library cuts at the box inside its loop and then converges *to* the boundary, where rounding decides the label:
+    the perturbation is tried times 1.001 and times 1.02 (the paper's overshoot), and the nearest that is wrong is
+    kept. It goes image by image, with one backward pass a class and step: slow with many classes.
     """
 
     steps: Steps = 50
@@ -226,7 +226,7 @@ class DeepFool:
         if len(images) == 0:
             return images.clone()
         made = _call(lambda net: _DeepFool(net, steps=self.steps), classifier, images, labels, rng, shim=UnitSpread)
-        pushed = [images + factor * (made - images) for factor in (1.0, 1.001, 1.02)]
+        pushed = [images + factor * (made - images) for factor in (1.001, 1.02)]
         best, found = nearest_wrong(classifier, images, labels, pushed, "l2")
         return torch.where(found.view(-1, 1, 1, 1), best, into_box(images, pushed[-1]))
 

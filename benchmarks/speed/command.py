@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--page", help="page whose tables are rewritten; default: docs/speed.md, quick: none")
     parser.add_argument("--work", default="runs/speed", help="folder where the trained networks are kept")
-    data = "folder of MNIST and cifar10-jpeg75; default: SCL_DEFENSE_DATA, without it the digits"
-    parser.add_argument("--data-root", default=os.environ.get("SCL_DEFENSE_DATA"), help=data)
+    data = "folder of MNIST and cifar10-jpeg75; default: SCL_DEFENSE_DATA_ROOT, without it the digits"
+    parser.add_argument("--data-root", default=os.environ.get("SCL_DEFENSE_DATA_ROOT"), help=data)
     parser.add_argument(
         "--bars", action="store_true", help="measure nothing: judge what lies in --out, rewrite the page"
     )

@@ -21,6 +21,7 @@ from scl_defense.config import TrainConfig, train_config
 from scl_defense.guard import frozen
 from scl_defense.plugins import default_host
 from scl_defense.runtime import autocast, stream
+from scl_defense.sharing import Lot
 from scl_defense.train import Run
 from scl_defense.types import Batch
 from speed.networks import opened
@@ -171,19 +172,19 @@ def _step(run: Run) -> dict[str, float]:
     return run.train_step(_chosen(run), 0, 0)
 
 
+def _lot(run: Run) -> Lot:
+    views, rng = run.trainer.views, lambda number: stream(0, "augment", number)
+    return Lot(run.train_split, _chosen(run), views, run.augment, rng, **run.by_row)
+
+
 def _batch(run: Run) -> Batch:
-    images = run.train_split.float_images(_chosen(run))
-    views = torch.stack([run.augment(images, stream(0, "augment", number)) for number in range(run.trainer.views)])
-    return Batch(views, run.train_split.labels[_chosen(run)], images, run.train_split.indices[_chosen(run)])
+    return _lot(run).whole()
 
 
 def _generator(run: Run) -> Callable[[], Any]:
-    batch = _batch(run)
-
-    def view(images: torch.Tensor, number: int) -> torch.Tensor:
-        return run.augment(images, stream(0, "augment", number))
-
-    return lambda: run.generate(batch, 0, 0, view)
+    lot = _lot(run)
+    (piece,) = lot.pieces(1)
+    return lambda: run.generate(lot, piece, 0, 0)
 
 
 def _attack_floor(run: Run, steps: int) -> Callable[[], None]:

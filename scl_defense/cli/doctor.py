@@ -26,6 +26,9 @@ EXTRAS = {
     "hub": "push and pull: the Hugging Face Hub",
     "timm": "networks of timm: benchmark --model timm:NAME",
     "onnx": "benchmark of .onnx files, export --format onnx",
+    "slurm": "study --executor slurm",
+    "ray": "study --executor ray",
+    "speed": "the other libraries that benchmarks/speed compares with",
     "pyautoattack": "the official AutoAttack, to compare with",
     "docs": "building the documentation site",
 }

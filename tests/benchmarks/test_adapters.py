@@ -66,7 +66,7 @@ def build(host, name):
 
 def test_the_registered_names_are_the_promised_ones():
     promised = [*LIBRARY_NAMES, *(f"torchattacks:{name}" for name in LIBRARY_NAMES), "autoattack", "noise"]
-    promised += ["native:fgsm", "native:pgd", "apgd-l1", "transfer", *ART_NAMES]
+    promised += ["native:fgsm", "native:pgd", "pgd-min", "apgd-l1", "transfer", *ART_NAMES]
     promised += [f"art:{name}" for name in ("fgsm", "pgd", "cw", *ART_NAMES)]
     assert sorted(TARGETS) == sorted(promised)
 
