@@ -132,7 +132,8 @@ def _controls(rows: Sequence[Row]) -> Iterator[str]:
         yield sentence(one, labels[one.better], control.label)
     winners = [labels[one.better] for one in found if one.shown]
     if winners:
-        yield f"So {', '.join(winners)} earned the cost of looking for examples; the others did not."
+        rest = "; the others did not" if len(winners) < len(found) else ""
+        yield f"So {', '.join(winners)} earned the cost of looking for examples{rest}."
     else:
         yield (
             f"So no strictly model-free generator of this study is shown to beat {control.label}, which costs nothing "
