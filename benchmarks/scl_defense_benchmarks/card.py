@@ -27,7 +27,7 @@ def model_card(content: Mapping[str, Any], repository: str, result: EvaluationRe
         "",
         f"# {name}",
         "",
-        f"A `{_code(content['model'])}` trained with [scl-defense](https://pypi.org/project/scl-defense/) by "
+        f"A `{_code(content['model'])}` trained with scl-defense by "
         f"`{_code(recipe.get('trainer'))}` with adversarial views of `{_code(recipe.get('generator'))}`, within "
         f"{_md(content['threat'])}.",
         "",

@@ -68,6 +68,9 @@ class Rival:
     #: kind of task -> the most images it is given; what is slow by a factor of ten is timed on fewer.
     most: dict[str, int] = {}  # noqa: RUF012
 
+    #: (task, eps) -> one start of PGD, (images, labels) -> examples; of those who do not bring a ``pgd`` of their own.
+    once: Callable[[Task, float], Callable[[Tensor, Tensor], Tensor]]
+
     def __init__(self, network: nn.Module, classes: int):
         self.network = copy.deepcopy(network).eval()
         self.classes = classes
@@ -89,9 +92,6 @@ class Rival:
         return [[batched(self.once(task, ball.radius), images, labels) for _ in range(task.restarts)] for ball in balls]
 
     curve = pgd
-
-    def once(self, task: Task, eps: float) -> Callable[[Tensor, Tensor], Tensor]:
-        raise NotImplementedError
 
 
 def batched(call: Callable[[Tensor, Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:

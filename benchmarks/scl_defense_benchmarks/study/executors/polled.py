@@ -2,6 +2,7 @@
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class Handed:
         self.begun, self.comebacks = False, 0
 
 
-class Polled:
+class Polled(ABC):
     """Executors that are asked. A subclass hands over, looks and cancels; progress is read from the cells' folders."""
 
     def __init__(self) -> None:
@@ -38,19 +39,19 @@ class Polled:
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
+        return None  # nothing is held open
 
+    @abstractmethod
     def hand_over(self, cell: Cell, folder: Path) -> Any:
         """Give the cell to the cluster; returns the cluster's handle of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def look(self, jobs: Sequence[Handed]) -> Mapping[Handed, Ended | str]:
         """How jobs have ended, and of those that wait, what for. Those that run, and unknown ones, are left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cancel(self, jobs: Sequence[Handed]) -> None:
         """Stop these and wait until they are gone."""
-        raise NotImplementedError
 
     def start(self, cell: Cell, folder: Path) -> Handed:
         (folder / PROGRESS).unlink(missing_ok=True)  # what an earlier try said
