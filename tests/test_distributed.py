@@ -183,7 +183,7 @@ def test_benchmark_under_torchrun_gives_the_same_verdicts(tmp_path):
     examples = [tmp_path / f"{number}.safetensors" for number in (1, 2)]
     assert run(list(map(str, [*command, "--out", tmp_path / "1.json", "--save-examples", examples[0]]))) == 0
     more = ["--out", tmp_path / "2.json", "--save-examples", examples[1]]
-    started = together.torchrun(["-m", "scl_defense", *command, *more], 2, tmp_path)
+    started = together.torchrun(["-m", "--", "scl_defense", *command, *more], 2, tmp_path)
     ((code, stdout, stderr),) = together.finished([started], timeout=560)
     assert code == 0, stderr
     assert stdout.count("result: ") == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import scl_defense
-from scl_defense import ascent, checkpoint, losses
+from scl_defense import checkpoint, losses
 from scl_defense.augment import Augment
 from scl_defense.errors import ComponentError
 from scl_defense.models import Normalize
@@ -80,6 +80,13 @@ def still(self, gradient, adversarial):
     return torch.zeros_like(gradient)
 
 
+STEEPEST = ThreatModel.steepest
+
+
+def a_tenth(self, gradient, adversarial):
+    return STEEPEST(self, gradient, adversarial) / 10
+
+
 IN_TRAINING = {
     "the ascent does not climb": (ThreatModel, "steepest", still),
     "the ascent climbs down": (ThreatModel, "steepest", lambda self, gradient, adversarial: -gradient.sign()),
@@ -92,7 +99,7 @@ IN_TRAINING = {
 }
 IN_EVALUATION = {
     "an attack that does not climb": (ThreatModel, "steepest", still),
-    "steps of a tenth": (ascent, "default_rel_step", lambda steps: 0.01),
+    "steps of a tenth": (ThreatModel, "steepest", a_tenth),
     "pixels are not normalised": (Normalize, "forward", lambda self, images: images),
 }
 
