@@ -22,7 +22,6 @@ FAMILIES = {  # what is short enough; what goes image by image is in test_evalua
 
 
 @pytest.mark.faults
-@pytest.mark.xfail(strict=False, reason="seen at some steps: ART draws the start from NumPy for a whole batch")
 def test_the_random_start_of_arts_pgd_does_not_know_it_either(network, digit_images, host):
     asked("art:pgd:steps=1", network, digit_images, host)
 
