@@ -289,5 +289,5 @@ def offering(task: Task) -> Iterator[type[Rival]]:
     kind = task.name.partition("-")[0].replace("restarts", "pgd")
     for rival in RIVALS:
         has = getattr(rival, kind, None)
-        if has is not None and not (has in (Rival.pgd, Rival.curve) and rival.once is Rival.once):
+        if has is not None and (has not in (Rival.pgd, Rival.curve) or hasattr(rival, "once")):
             yield rival
