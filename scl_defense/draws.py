@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,17 +42,31 @@ def image_by_image(
     return torch.cat(made)
 
 
+def rows_before() -> int:
+    """How many images of the chunk come before those of :class:`RowsOf`, 0 outside: for draws that it cannot cover."""
+    return getattr(_state, "before", 0)
+
+
 class RowsOf(TorchFunctionMode):
     """Inside, a draw with one row an image of the part is made for the whole chunk, and the part gets its rows.
 
     start, stop: the part's rows of ``whole``. Covers torch's ``rand``, ``randn``, ``randint``, their ``_like`` forms
     and the methods that fill a tensor; what a library draws from NumPy, or for a part of the part, is its own (see
-    :func:`image_by_image`). rng: only draws from this generator are such draws (default: all of them).
+    :func:`image_by_image`, :func:`rows_before`). rng: only draws from this generator are such draws (default: all).
     """
 
     def __init__(self, start: int, stop: int, whole: int, rng: torch.Generator | None = None):
         super().__init__()
         self.rows, self.count, self.whole, self.rng = slice(start, stop), stop - start, whole, rng
+
+    def __enter__(self) -> Self:
+        self.around, _state.before = rows_before(), self.rows.start
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _state.before = self.around
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

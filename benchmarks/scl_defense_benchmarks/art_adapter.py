@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scl_defense.draws import image_by_image
+from scl_defense.draws import image_by_image, rows_before
 from scl_defense.errors import UserError
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
@@ -140,7 +140,14 @@ class PGD:
             "batch_size": len(images),
             "verbose": False,
         }
-        return _call(lambda net: ProjectedGradientDescent(net, **settings), classifier, images, labels, rng)
+
+        def build(estimator: PyTorchClassifier) -> ProjectedGradientDescent:
+            # The library draws its starts from NumPy, image after image: those of the images before are passed over.
+            draw = np.random.random_sample if threat.norm == "linf" else np.random.standard_normal
+            draw(rows_before() * images[0].numel() if self.random_start else 0)
+            return ProjectedGradientDescent(estimator, **settings)
+
+        return _call(build, classifier, images, labels, rng)
 
 
 @component
