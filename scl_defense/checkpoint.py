@@ -225,12 +225,17 @@ def read(path: str | Path) -> tuple[dict[str, Any], str]:
     content, sha256 = read_tensors(path)
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"'{path}' was not written by scl-defense: it has no 'format' entry")
+    check_content(path, content)
+    return content, sha256
+
+
+def check_content(path: str | Path, content: dict[str, Any]) -> None:
+    """Raise :class:`UserError` unless ``content``, read from ``path``, is a checkpoint that this version reads."""
     if content["format"] != FORMAT:
         raise UserError(f"'{path}' has format {content['format']!r}; this version reads {FORMAT}")
     fault = _malformed(content)
     if fault:
         raise UserError(f"checkpoint '{path}' is malformed: {fault}")
-    return content, sha256
 
 
 def _malformed(content: dict[str, Any]) -> str | None:

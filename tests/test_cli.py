@@ -1,5 +1,6 @@
 """The command line: exit codes, one line an error, what is imported for which answer."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from scl_defense import benchmark, checkpoint
 from scl_defense.cli.app import run
@@ -152,6 +154,39 @@ def test_train_prints_accuracies_and_the_next_command(capsys, tmp_path):
     assert info["threat"] == "linf:0.1" and info["config"]["generator"] == "corner-noise"
     assert run(["info", str(folder / "best.pt")]) == 0
     assert "small-cnn" in capsys.readouterr().out
+
+
+def test_info_shows_what_a_file_of_another_program_holds(capsys, tmp_path):
+    """Names and shapes of the weights, wherever they are; the optimizer's are none. No terminal obeys it."""
+    network = torch.nn.Linear(3, 2)
+    state, optimizer = network.state_dict(), torch.optim.Adam(network.parameters())
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    whole = {"epoch": 2, "model": state, "optimizer": optimizer.state_dict(), "by\x1b[31m": "me"}
+    torch.save(whole, tmp_path / "net.pt")
+    save_file(state, tmp_path / "net.safetensors", {"author": "me"})
+    assert run(["info", str(tmp_path / "net.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "tensors: 2" in said and "model.weight: 2 x 3" in said and "epoch: 2" in said and "\x1b" not in said
+    assert f"next: scl-defense benchmark {tmp_path}/net.pt --model" in said
+    for name, prefix in (("net.pt", "model."), ("net.safetensors", "")):
+        assert run(["info", str(tmp_path / name), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["tensors"] == {f"{prefix}weight": [2, 3], f"{prefix}bias": [2]} and told["format"] is None
+        assert told["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert told["other"] == {"author": "me"}
+    assert (
+        run(["generate", "--generator", "corner-noise", "--limit", "50", "--out", str(tmp_path / "made.safetensors")])
+        == 0
+    )
+    capsys.readouterr()
+    assert run(["info", str(tmp_path / "made.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "format: scl-defense-examples/" in said and "adversarial: 1 x 50 x 1 x 8 x 8" in said
+    assert said.endswith(f"next: scl-defense train --generator file:{tmp_path}/made.safetensors\n")
+    (tmp_path / "net.safetensors").write_bytes(b"\xff" * 50)
+    code, line = error_of(capsys, "info", str(tmp_path / "net.safetensors"))
+    assert code == 2 and "no readable safetensors file" in line
 
 
 def test_json_is_the_only_thing_on_stdout(capsys, tmp_path):

@@ -34,9 +34,11 @@ def build(host: PluginHost, model: str, options: Mapping[str, Any], outputs: int
         return _with_head(make(host, "model", model, options)(shape), outputs, shape)
     library, _, name = model.partition(":")
     if not name:
+        if model.endswith(".py"):
+            raise UserError(f"--model '{model}' is a file; name the class or function in it: {model}:NAME")
         raise UserError(
             f"there is no model named '{model}'{nearest(model, host['model'].names())}; give a registered name (see: "
-            "scl-defense plugins list models), package.module:factory, torchvision:NAME or timm:NAME"
+            "scl-defense plugins list models), FILE.py:CLASS, package.module:factory, torchvision:NAME or timm:NAME"
         )
     given = {key: literal(value) for key, value in options.items()}
     if library == "torchvision":

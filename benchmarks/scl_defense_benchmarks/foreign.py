@@ -52,7 +52,8 @@ def load_foreign(path: Path, options: Mapping[str, Any]) -> LoadedClassifier | N
             return None
         if not options.get("model") and whole is None and not options.get("classes"):
             raise UserError(
-                f"'{path}' holds bare weights ({len(state)} tensors); name their network with --model, --data"
+                f"'{path}' holds bare weights ({len(state)} tensors); name their network with --model (FILE.py:CLASS, "
+                "package.module:factory or a registered name) and its test images with --data"
             )
         shape = _data(path, options)
         about |= {"weights": where} if where else {}

@@ -81,7 +81,7 @@ def new(name: str, kind: str, out: str, as_json: bool) -> None:
 
     \b
     scl-defense plugins new my-noise --kind generator
-    pip install -e scl-defense-my-noise
+    pip install -e "scl-defense-my-noise[test]"
     scl-defense plugins check my-noise
     """
     from scl_defense import scaffold
@@ -96,7 +96,7 @@ def new(name: str, kind: str, out: str, as_json: bool) -> None:
     click.echo(f"wrote {folder}:")
     for path in written:
         click.echo(f"  {path.relative_to(folder)}")
-    click.echo(f"next: pip install -e {shlex.quote(str(folder))}")
+    click.echo(f"next: pip install -e {shlex.quote(f'{folder}[test]')}")
     click.echo(f"      scl-defense plugins list {shown}")
     click.echo(f"      scl-defense plugins check {kind}:{shown}")
     click.echo(f"      {scaffold.command_of(shown, kind)}")
