@@ -68,6 +68,7 @@ def benchmark(
     out: str | Path | None = None,
     per_image: str | Path | None = None,
     save_examples: str | Path | None = None,
+    examples_most: int | None = None,
     restart: bool | Literal["if-stale"] = False,
     probes: Literal["quick", "deep", "none"] = "quick",
     surrogate: str | Path | None = None,
@@ -103,8 +104,9 @@ def benchmark(
     out: where the result is written as JSON. Beside it, until the battery is complete, lies what was found so far: the
     same call goes on there after a kill or a time limit, another one is refused, and ``restart`` throws it away
     (``"if-stale"``: only when it belongs to another question). per_image: ``FILE.csv``, a line an attack and image.
-    save_examples: ``FILE.safetensors``, the examples as float32. A file that is read, or that somebody else wrote, is
-    never replaced. command: recorded in the result as it stands.
+    save_examples: ``FILE.safetensors``, the examples as float32; with ``examples_most`` only if they take no more bytes
+    than that. A file that is read, or that somebody else wrote, is never replaced. command: recorded in the result as
+    it stands.
 
     Under ``torchrun`` every process makes this call, with the same arguments: they share out the images, one of them
     writes, and all return the result (see docs/distributed.md).
@@ -201,6 +203,7 @@ def benchmark(
             state_file=state_file,
             restart=bool(restart),
             examples_file=save_examples,
+            examples_most=examples_most,
             probes=probes,
             precision=precision,
             workers=workers,

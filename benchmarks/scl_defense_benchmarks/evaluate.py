@@ -50,6 +50,7 @@ def evaluate(
     state_file: str | Path | None = None,
     restart: bool = False,
     examples_file: str | Path | None = None,
+    examples_most: int | None = None,
     probes: Literal["quick", "deep", "none"] = "none",
     precision: Choice = "fp32",
     workers: int | None = None,
@@ -63,15 +64,16 @@ def evaluate(
     that are classified rightly, in chunks of :data:`scl_defense_benchmarks.attempt.CHUNK` with a seed of their own, and
     a frozen twin of the network to work on (see :mod:`scl_defense_benchmarks.twin`). Examples are judged in float32 on
     ``network`` itself, in chunks of one size. batch_size: the most images at a time, from 1 to a chunk; it reaches no
-    number, except through a library that draws from NumPy or for a part of what it was given. ``auto``: as many as the
+    number, except through a library that draws for a part of what it was given. ``auto``: as many as the
     free memory allows (see :func:`fitting`). It is halved, and the result says so, when memory runs out.
 
     mode: see :data:`Mode`; a control spares no image. The same attack in several balls runs in the smallest first and
     hands on what it broke; one that looks for the smallest perturbation runs once and is counted in each. time_limit:
     seconds from now; an attack that does not fit is a row ``not run``. state_file: where finished chunks are kept; what
     is there already is not attacked again, and one of another question is refused unless ``restart`` throws it away;
-    the caller takes it away. examples_file: ``FILE.safetensors`` for the examples. probes: how much is tried beside the
-    battery (see :mod:`scl_defense_benchmarks.probes`). precision: what attacks may run in (see
+    the caller takes it away. examples_file: ``FILE.safetensors`` for the examples; examples_most: they may be left out,
+    and are where they would take more bytes than that or the state holds chunks without them. probes: how much is tried
+    beside the battery (see :mod:`scl_defense_benchmarks.probes`). precision: what attacks may run in (see
     :func:`scl_defense_benchmarks.twin.rounds`); every verdict is float32. workers: chunks attacked side by side, where
     the attack draws from its own generator alone and the network draws nothing; default: torch's number of threads on
     a CPU, else 1; it reaches no number. Processes under ``torchrun`` share out the chunks and exchange what they found;
@@ -120,12 +122,16 @@ def evaluate(
         state = State(None, {}) if state_file is None else everybody.from_first(opened)
         if not everybody.leads:
             state.path, examples_file, progress = None, None, None
+        if examples_most is not None:
+            saved = len(plan.attacks) * images.numel() * 4 <= examples_most and state.with_examples
+            examples_file = examples_file if saved else None
         examples = None if examples_file is None else ExampleFile(examples_file, images)
         if examples is not None and state.fresh:
             examples.clear()
         attempts = _all_attempts(target, plan, seed, mode, budget, state, examples, progress)
         if examples is not None:
-            examples.finish({planned.label: str(planned.threat) for planned in plan.attacks})
+            cut_short = any(attempt.tally.unfinished for attempt in attempts)
+            examples.finish({planned.label: str(planned.threat) for planned in plan.attacks}, keep=cut_short)
         cases = tuple(worst_case(place, threat, target, attempts) for place, threat in enumerate(plan.threats()))
         place = _worth_probing(plan, cases)
         if probes != "none" and place is not None:

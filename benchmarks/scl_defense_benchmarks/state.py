@@ -28,6 +28,7 @@ class State:
     def __init__(self, path: Path | None, records: Mapping[tuple[int, int], dict[str, Any]]):
         self.path, self._records = path, dict(records)
         self.fresh = not self._records  # nothing to go on with
+        self.with_examples = all(record.get("saved") for record in self._records.values())
 
     def get(self, attack: int, chunk: int) -> dict[str, Any] | None:
         return self._records.get((attack, chunk))

@@ -14,6 +14,8 @@ from scl_defense.cli.subject import as_given, found, subject_options
 from scl_defense.errors import UserError
 from scl_defense.launcher import leads
 
+MOST_PICTURES = 256 * 2**20  # bytes of examples that are kept for the page alone
+
 
 class _Images(click.IntRange):
     name = "images"
@@ -107,6 +109,11 @@ def command(
     from scl_defense import benchmark
     from scl_defense.cli.progress import AttackProgress
 
+    paged = bool(report or (report is None and not quiet and not as_json))
+    # The page shows pictures: where nobody wants the examples, they are kept until it is written, if not large.
+    shown, most = save_examples, None
+    if paged and save_examples is None:
+        shown, most = str(Path(out).with_name(f".{Path(out).stem}-pictures.safetensors")), MOST_PICTURES
     try:
         with AttackProgress(quiet=quiet or as_json or not leads()) as progress:
             result = benchmark(
@@ -116,7 +123,8 @@ def command(
                 time_limit=_seconds(time_limit),
                 restart=restart,
                 per_image=per_image,
-                save_examples=save_examples,
+                save_examples=shown,
+                examples_most=most,
                 progress=progress,
                 command=shlex.join(["scl-defense", *sys.argv[1:]]),
                 **settings,
@@ -128,9 +136,11 @@ def command(
     if not leads():  # one of several processes speaks
         return
     page = None
-    if report or (report is None and not quiet and not as_json):
-        data_root = settings.get("data_root")
-        page = common.write_page(out, examples=save_examples, data_root=data_root, plugins=plugins)
+    if paged:
+        given = shown if shown is not None and Path(shown).exists() else None
+        page = common.write_page(out, examples=given, data_root=settings.get("data_root"), plugins=plugins)
+        if given != save_examples:
+            Path(shown or "").unlink(missing_ok=True)
     if as_json:
         common.print_json({**result.to_json(), "file": out, **({} if page is None else {"report": page})})
     else:

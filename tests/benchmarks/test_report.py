@@ -7,6 +7,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from report_results import HOSTILE, made_up, pictures_of
 from scl_defense_benchmarks.report import evidence, exports, gather, page, read, report, svg
 from scl_defense_benchmarks.report.study_page import blocks
 from scl_defense_benchmarks.results import BROKEN, OUTCOMES, SCHEMA, write
+from scl_defense_benchmarks.torchattacks_adapter import FGSM, PGD
 from torch import nn
 
 from scl_defense.cli.app import run
@@ -644,6 +647,29 @@ def test_benchmark_writes_the_page_beside_its_result(trained, capsys):
     assert "fgsm" in page and "data:image/png" in page  # the gallery: the examples were found
     measured("--restart")  # a page of ours is made anew
     assert "report: r.html" in capsys.readouterr().out
+
+
+def test_the_page_has_pictures_that_nobody_asked_to_be_saved(trained, capsys, monkeypatch):
+    """Kept until the page is there, if they are not large, and if all that a stopped run left has them."""
+    names = {"r.json", "r.html", "r-model-info.json", "r-table.csv", "r-table.md", "r-table.tex", "best.pt"}
+    measured()
+    assert "data:image/png" in (trained / "r.html").read_text()
+    assert set(os.listdir(trained)) == names  # nothing else is left
+    capsys.readouterr()
+    monkeypatch.setattr("scl_defense.cli.benchmark.MOST_PICTURES", 1000)
+    measured()
+    assert "data:image/png" not in (trained / "r.html").read_text()
+    assert set(os.listdir(trained)) == names
+
+
+def test_no_chunk_is_attacked_again_for_pictures(trained):
+    line = ["benchmark", "best.pt", "--attacks", "fgsm,pgd:steps=1", "--n", "20", "--probes", "none", "--out", "r.json"]
+    with mock.patch.object(PGD, "__call__", side_effect=KeyboardInterrupt):
+        assert run([*line, "--quiet"]) == 130
+    with mock.patch.object(FGSM, "__call__", side_effect=AssertionError("attacked again")):
+        assert run(line) == 0
+    assert "data:image/png" not in (trained / "r.html").read_text()
+    assert json.loads((trained / "r.json").read_text())["attacks"][0]["status"] == "ok"
 
 
 @pytest.mark.parametrize("more", [["--quiet"], ["--json"], ["--no-report"]])

@@ -191,12 +191,14 @@ def test_a_damaged_state_is_said_to_be_so(tmp_path, content):
     assert open_state(path, {"seed": 0}).get(0, 0) == {"places": [1]}
 
 
-def test_more_time_goes_on_where_the_limit_came(images, labels, tmp_path, small_chunks, clock):
+@pytest.mark.parametrize("saving", [False, True])
+def test_more_time_goes_on_where_the_limit_came(images, labels, tmp_path, small_chunks, clock, saving):
     def slow(classifier, images, labels, threat, rng):
         clock.sleep(0.15)
         return HONEST(classifier, images, labels, threat, rng)
 
     given = {"seed": 0, "state_file": tmp_path / "state", "mode": "cascade"}
+    given |= {"examples_file": tmp_path / "examples.safetensors"} if saving else {}
     attacks = Planted(slow), Planted(shift(0.05))
     stopped = evaluate(Brightness(), images, labels, planned(*attacks), **given, time_limit=0.3)
     assert [row.status for row in stopped.attacks] == ["not run", "ok"]

@@ -68,8 +68,11 @@ class Charts:
              y: str, caption: str, joined: bool = False) -> dict[str, Any]:  # fmt: skip
         """Points (x, y, low, high) by name, in percent; joined to lines with bands, or each by itself."""
         lines = [svg.Line(name, points, joined=joined) for name, points in names.items()]
-        still = svg.line_chart(lines, title=caption, x_label=x, y_label=y, y_range=(0, 100) if joined else None)
-        self.data[key] = {"kind": "lines", "x": x, "y": y, "range": [0, 100] if joined else None, "digits": 1,
+        every = [point for points in names.values() for point in points]
+        across = None if joined else svg.room([point[0] for point in every])
+        up = (0, 100) if joined else svg.room([value for point in every for value in point[1:] if value is not None])
+        still = svg.line_chart(lines, title=caption, x_label=x, y_label=y, x_range=across, y_range=up)
+        self.data[key] = {"kind": "lines", "x": x, "y": y, "range": up, "across": across, "digits": 1,
                           "start": 0 if joined else None, "series": [_series(line, x) for line in lines]}  # fmt: skip
         rows = [[name, f"{a:.4g}", f"{b:.1f}", "-" if low is None else f"{low:.1f} to {high:.1f}"]
                 for name, points in names.items() for a, b, low, high in points]  # fmt: skip

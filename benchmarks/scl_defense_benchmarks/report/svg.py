@@ -64,12 +64,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(step * k, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def room(values: Sequence[float]) -> tuple[float, float]:
+    """An axis for points that stand by themselves: air on both sides, and no small difference that fills the page."""
+    low, high = min(values), max(values)
+    span = max(high - low, 0.05 * abs(high), 1e-6)
+    middle = (low + high) / 2
+    return middle - 0.6 * span, middle + 0.6 * span
+
+
 def line_chart(
     lines: Sequence[Line],
     *,
     title: str,
     x_label: str,
     y_label: str,
+    x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     x_ticks: Sequence[tuple[float, str]] | None = None,
     described: str = "",
@@ -78,7 +87,7 @@ def line_chart(
     width, left, right, top, plot = 640.0, 54.0, 12.0, 10.0, 250.0
     xs = [point[0] for line in lines for point in line.points]
     ys = [value for line in lines for point in line.points for value in point[1:] if value is not None]
-    x0, x1 = (min(xs), max(xs)) if xs else (0.0, 1.0)
+    x0, x1 = x_range or ((min(xs), max(xs)) if xs else (0.0, 1.0))
     x1 = x1 if x1 > x0 else x0 + 1
     y0, y1 = y_range or ((min(ys), max(ys)) if ys else (0.0, 1.0))
     y1 = y1 if y1 > y0 else y0 + 1
@@ -181,7 +190,7 @@ def upset_chart(found: Upset, *, title: str) -> Markup:
     """Columns: sets of attacks and how many images exactly they broke; rows: the attacks with their totals."""
     labels, sets = list(found.totals), found.sets
     left, top, plot, row, column = 250.0, 40.0, 140.0, 22.0, 26.0
-    width = max(left + column * max(len(sets), 1) + 16, 480)
+    width = max(left + column * max(len(sets), 1) + 16, 560)
     highest = max((count for _, count in sets), default=1)
     most = max((total for total, _ in found.totals.values()), default=1) or 1
     parts = []

@@ -133,12 +133,17 @@
     ticks: { color: css("--soft") }, grid: { color: css("--edge"), lineWidth: 0.6 }, ...extra,
   });
 
+  const across = (chart) => {
+    if (chart.across) return { min: chart.across[0], max: chart.across[1], ticks: { ...axis("", {}).ticks, includeBounds: false } };
+    return chart.kind === "lines" && chart.start !== null ? { min: chart.start } : {};
+  };
+
   const settings = (chart, hidden) => {
     const sets = { lines: lineSets, map: mapSets, bars: barSets }[chart.kind](chart);
-    const range = chart.range ? { min: chart.range[0], max: chart.range[1] } : {};
+    const range = chart.range ? { min: chart.range[0], max: chart.range[1], ticks: { ...axis("", {}).ticks, includeBounds: false } } : {};
     const scales = chart.kind === "bars"
       ? { x: axis(chart.x, { min: 0, max: 100 }), y: axis("", { type: "category", labels: chart.names }) }
-      : { x: axis(chart.x, chart.kind === "lines" && chart.start !== null ? { min: chart.start } : {}), y: axis(chart.y, range) };
+      : { x: axis(chart.x, across(chart)), y: axis(chart.y, range) };
     if (chart.kind === "map") for (const side of ["x", "y"]) { scales[side].ticks.display = false; scales[side].grid.display = false; }
     return {
       type: { lines: "line", map: "scatter", bars: "bar" }[chart.kind], data: { datasets: sets }, plugins: chart.kind === "map" ? [overlay(chart, hidden)] : chart.kind === "bars" ? [whiskers] : [],
