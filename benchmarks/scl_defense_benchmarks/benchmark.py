@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scl_defense import runtime
 from scl_defense.checkpoint import sweep
@@ -77,6 +77,7 @@ def benchmark(
     workers: int | None = None,
     deterministic: bool = False,
     progress: Progress | None = None,
+    on_open: Callable[[nn.Module, Tensor], None] | None = None,
     command: str | None = None,
     **foreign: Any,
 ) -> Report:
@@ -105,8 +106,8 @@ def benchmark(
     same call goes on there after a kill or a time limit, another one is refused, and ``restart`` throws it away
     (``"if-stale"``: only when it belongs to another question). per_image: ``FILE.csv``, a line an attack and image.
     save_examples: ``FILE.safetensors``, the examples as float32; with ``examples_most`` only if they take no more bytes
-    than that. A file that is read, or that somebody else wrote, is never replaced. command: recorded in the result as
-    it stands.
+    than that. A file that is read, or that somebody else wrote, is never replaced. on_open: told, before the first
+    attack, the network (-> logits of the data's classes) and the images that are attacked. command: recorded as it is.
 
     Under ``torchrun`` every process makes this call, with the same arguments: they share out the images, one of them
     writes, and all return the result (see docs/distributed.md).
@@ -172,6 +173,8 @@ def benchmark(
             if path is not None:
                 not_a_source(option, path, {"a surrogate": getattr(planned.attack, "surrogate", None)})
     check_fit(subject.network, asked.images[:1], asked.classes, asked.name)
+    if on_open is not None:
+        on_open(subject.network, asked.images)
     state_file = None if out is None else state_path(out)
     known = {key: subject.about[key] for key in ("sha256",) if key in subject.about}
     writes = everybody.leads

@@ -114,6 +114,7 @@ def command(
     shown, most = save_examples, None
     if paged and save_examples is None:
         shown, most = str(Path(out).with_name(f".{Path(out).stem}-pictures.safetensors")), MOST_PICTURES
+    opened: dict[str, Any] = {}
     try:
         with AttackProgress(quiet=quiet or as_json or not leads()) as progress:
             result = benchmark(
@@ -126,6 +127,7 @@ def command(
                 save_examples=shown,
                 examples_most=most,
                 progress=progress,
+                on_open=lambda network, images: opened.update(network=network, images=images.cpu()),
                 command=shlex.join(["scl-defense", *sys.argv[1:]]),
                 **settings,
             )
@@ -138,7 +140,7 @@ def command(
     page = None
     if paged:
         given = shown if shown is not None and Path(shown).exists() else None
-        page = common.write_page(out, examples=given, data_root=settings.get("data_root"), plugins=plugins)
+        page = common.write_page(out, examples=given, plugins=plugins, **opened)
         if given != save_examples:
             Path(shown or "").unlink(missing_ok=True)
     if as_json:

@@ -662,6 +662,19 @@ def test_the_page_has_pictures_that_nobody_asked_to_be_saved(trained, capsys, mo
     assert set(os.listdir(trained)) == names
 
 
+def test_pictures_of_a_foreign_network_have_confidences(trained, capsys):
+    """The page is written while the network is open; a file of weights alone could not bring it back."""
+    (trained / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), trained / "net.pt")
+    line = "benchmark net.pt --model net.py:Net --data digits --attacks fgsm --n 30 --probes none --out n.json"
+    assert run(line.split()) == 0
+    assert re.search(r"\d %d+%", (trained / "n.html").read_text()) is not None
+    assert "confidences" not in (trained / "n.html").read_text()
+
+
 def test_no_chunk_is_attacked_again_for_pictures(trained):
     line = ["benchmark", "best.pt", "--attacks", "fgsm,pgd:steps=1", "--n", "20", "--probes", "none", "--out", "r.json"]
     with mock.patch.object(PGD, "__call__", side_effect=KeyboardInterrupt):
