@@ -671,7 +671,7 @@ def test_pictures_of_a_foreign_network_have_confidences(trained, capsys):
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).state_dict(), trained / "net.pt")
     line = "benchmark net.pt --model net.py:Net --data digits --attacks fgsm --n 30 --probes none --out n.json"
     assert run(line.split()) == 0
-    assert re.search(r"\d %d+%", (trained / "n.html").read_text()) is not None
+    assert re.search(r"\d \d+%", (trained / "n.html").read_text()) is not None
     assert "confidences" not in (trained / "n.html").read_text()
 
 
