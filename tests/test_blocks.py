@@ -86,6 +86,7 @@ def test_any_temperature(temperature):
         assert (gradient - wanted).norm() <= 20 * CLOSE[dtype] * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [2, 3])
 def test_ntxent_and_supcon_are_those_of_pytorch_metric_learning(views):
     embed, identity = normal(views, 220, 9), torch.arange(220).repeat(views)

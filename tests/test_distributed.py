@@ -85,6 +85,7 @@ def check_against_one(tmp_path, cases):
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     check_against_one(tmp_path, CASES)
 

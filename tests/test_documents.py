@@ -55,6 +55,7 @@ def test_every_built_in_component_is_named_in_the_readme():
     assert seen > 15
 
 
+@pytest.mark.slow
 def test_the_plugin_page_runs(tmp_path, monkeypatch, capsys):
     """Its code becomes a file, its commands are run on it."""
     page = (ROOT / "docs" / "plugins.md").read_text()
@@ -235,6 +236,7 @@ def reader(tmp_path, monkeypatch, capsys):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_train_and_audit_in_five_minutes(reader):
     reader.follow("five-minutes.md")
     train, audit = reader.typed[1], reader.typed[2]
@@ -244,6 +246,7 @@ def test_train_and_audit_in_five_minutes(reader):
     assert "worst case" in audit and re.search(r"\d+% at linf 0\.1", reader.typed[-1])
 
 
+@pytest.mark.slow
 def test_audit_your_own_model(reader):
     reader.follow("your-own-model.md")
     wrong, right = reader.typed[1:3]
@@ -267,6 +270,7 @@ def test_write_a_generator(reader):
     assert "FAIL  repel  inside-box: it left the box [0, 1] (linf:0.1" in reader.capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_read_a_result(reader):
     reader.follow("read-a-result.md")
     told = reader.typed[2]

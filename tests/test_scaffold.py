@@ -86,6 +86,7 @@ def test_listing_them_imports_nothing_heavy(tmp_path):
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
+@pytest.mark.slow
 def test_their_own_tests_pass_unchanged(tmp_path):
     """All kinds in one process, as their authors would run them; pytest's plugin comes by its name here."""
     for kind in KINDS:

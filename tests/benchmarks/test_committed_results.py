@@ -18,6 +18,7 @@ def test_something_is_published():
     assert "q1-digits" in {folder.name for folder in PUBLISHED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
 def test_its_tables_are_made_again_by_their_command(folder, tmp_path, monkeypatch):
     for name in ("results.jsonl", "study.json", "times.jsonl"):

@@ -32,6 +32,7 @@ def held_out(digits):
     return digits[0][1400:1550], digits[1][1400:1550]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "norm"), [("network", "linf"), ("robust", "linf"), ("robust", "l2")])
 def test_as_strong_as_an_attack_at_every_radius_for_less_than_two_and_a_half(which, norm, held_out, host, request):
     network = request.getfixturevalue(which)

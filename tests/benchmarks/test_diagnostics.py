@@ -434,6 +434,7 @@ class Mistaken(nn.Module):
         return self.inner(mirrored + (images - mirrored).detach())
 
 
+@pytest.mark.slow
 def test_a_misleading_gradient_misses_what_was_planted(network, digit_images):
     assert torch.equal(Mistaken(network)(digit_images[0]), network(digit_images[0]))
     outcome = posed(Mistaken(network), digit_images[0][:40])

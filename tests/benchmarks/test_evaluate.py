@@ -161,6 +161,7 @@ def test_a_random_start_does_not_know_the_batch_size(network, digit_images, host
     assert elsewhere.attacks[2].distances != whole.attacks[2].distances  # the draws do matter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [
@@ -267,6 +268,7 @@ def test_a_battery_with_restarts_is_planned(host):
             plan_battery(text, host=host, threats=[LINF])
 
 
+@pytest.mark.slow
 def test_a_curve_has_a_row_and_a_worst_case_for_each_radius(network, digit_images, host):
     threats = [ThreatModel("linf", eps) for eps in ("0.2", "0.05", "0.1")]
     plan = plan_battery("fgsm,pgd:steps=5,fab-t,cw:c=10:steps=30", host=host, threats=threats, budgets={"l2": "0.5"})

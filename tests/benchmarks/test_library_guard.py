@@ -249,6 +249,7 @@ IMPORTS = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_importing_art_kills_log_files_and_importing_the_adapter_does_not(tmp_path):
     log = tmp_path / "run.log"
     command, home = [sys.executable, "-c", IMPORTS, str(log)], os.environ | {"HOME": str(tmp_path)}

@@ -49,6 +49,7 @@ def test_saturated_logits_are_not_robustness(images, labels, attack):
     assert (masked.worst_case.robust_accuracy or 0) <= honest.worst_case.robust_accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [torchattacks_adapter.PGD, art_adapter.PGD])
 def test_l2_pgd_depends_neither_on_the_scale_of_logits_nor_on_the_batch(images, labels, attack):
     """Both libraries add a floor to the length of a gradient that is averaged over the batch."""

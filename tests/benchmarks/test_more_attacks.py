@@ -146,6 +146,7 @@ def test_pixle_says_which_images_it_works_on(network, rng):
 # -- by labels and scores alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "norm"),
     [
@@ -206,6 +207,7 @@ def test_saturated_probabilities_blind_simba_and_not_the_adapter(network, victim
         assert torch.equal(soft(images).argmax(1), loud(images).argmax(1)) and float(soft(images).max()) < 1
 
 
+@pytest.mark.slow
 def test_every_image_gets_its_own_rotation_or_shift(network, victims, rng):
     images, labels = victims[0][:8], victims[1][:8]
     attack, ball = Spatial(grid=3), ThreatModel("linf", "1")

@@ -82,6 +82,7 @@ def test_saturated_pixels_blind_torchattacks_and_not_the_adapter(network, black_
     assert THREAT.distance(images, made).max() < 3  # and by small perturbations: 8x8 images differ by up to 8
 
 
+@pytest.mark.slow
 def test_saturated_pixels_blind_art_and_not_the_adapter(network, black_and_white, rng):
     images, labels = (part[:8] for part in black_and_white)
     raw = raw_art(network, images, labels, rng())

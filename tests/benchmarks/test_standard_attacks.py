@@ -188,6 +188,7 @@ def test_small_logits_blind_fab_and_not_the_adapter(rng):
     assert (ThreatModel("l2", "1").distance(images, made) <= 1.06 * distances["l2"] + 1e-5).all()
 
 
+@pytest.mark.slow
 def test_deepfool_stops_on_the_boundary_and_the_adapter_behind_it(network, victims, rng):
     images, labels = victims
     stopped = raw(torchattacks.DeepFool, network, images, labels)
@@ -407,6 +408,7 @@ def rows(robust, digits):
     return dict(zip(attacks, result.attacks, strict=True))
 
 
+@pytest.mark.slow
 def test_autopgd_agrees_with_our_own_descent(rows):
     counts = {name: row.broken for name, row in rows.items()}
     assert 15 < counts["pgd"] < 100

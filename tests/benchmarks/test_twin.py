@@ -254,6 +254,7 @@ LIBRARY = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [128, 5])
 def test_a_library_that_draws_gives_the_same_numbers_side_by_side(network, digits, host, monkeypatch, batch_size):
     """Each thread has generators of its own, with the numbers of the global ones; what is printed stays swallowed."""

@@ -108,6 +108,7 @@ def nothing_fires(result):
 # -- honest networks
 
 
+@pytest.mark.slow
 def test_nothing_fires_on_a_robust_network(honest):
     nothing_fires(honest)
     assert 0.3 < honest.worst_case.robust_accuracy < honest.clean_accuracy
@@ -124,11 +125,13 @@ def test_nothing_fires_on_a_contrastive_network(contrastive, sample, host):
     nothing_fires(result)
 
 
+@pytest.mark.slow
 def test_nothing_fires_in_l2(adversarial, sample, host):
     battery = "noise,native:pgd,native:pgd:loss=margin,square:queries=200"
     nothing_fires(audit(adversarial, *sample, host, battery, ThreatModel("l2", "0.5")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "change"),
     [
@@ -236,6 +239,7 @@ def test_no_probe_where_there_is_nothing_to_probe(adversarial, sample):
 # -- batteries that are too weak for a verdict
 
 
+@pytest.mark.slow
 def test_a_battery_that_has_only_begun_is_an_upper_bound(network, sample, host):
     """Two steps and one query leave three quarters of what the probes break beside them."""
     result = audit(network, *sample, host, "pgd:steps=2,square:queries=1")
