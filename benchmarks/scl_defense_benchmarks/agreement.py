@@ -1,7 +1,8 @@
 """The same attack of several libraries on the same images: what should be equal is, and chance explains the rest."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from scl_defense.plugins import PluginHost, default_host
 from scl_defense.runtime import repeatable, stream
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Attack
+from scl_defense_benchmarks.attempt import Progress
 from scl_defense_benchmarks.battery import parse_battery
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.question import ask
@@ -99,13 +101,15 @@ def agree(
     budgets: Mapping[str, str] | None = None,
     seed: int = 0,
     batch_size: int = 128,
+    progress: Progress | None = None,
 ) -> AgreementResult:
     """Run each attack from every library that has it and compare all with the first one.
 
     network: (N, C, H, W) in [0, 1] -> logits; given back unchanged. attacks: names without a library, with options
     that every library's version has. threat: the ball; an attack that does not know its norm is counted in its own, at
-    the radius of ``budgets``. Every library gets the same images, batches and seeds; what is returned is judged as in
-    an evaluation. Raises :class:`UserError` for an attack that fewer than two libraries have.
+    the radius of ``budgets``. progress: told of every batch (attack, images done, images in all). Every library gets
+    the same images, batches and seeds; what is returned is judged as in an evaluation. Raises :class:`UserError` for an
+    attack that fewer than two libraries have.
     """
     plans = [_versions(request, host, threat, budgets or {}) for request in parse_battery(attacks)]
     labels = labels.to(images.device, torch.int64)
@@ -120,7 +124,8 @@ def agree(
             ran: list[tuple[Side, Attack, Verdict]] = []
             rows = []
             for name, component in versions:
-                side, verdict = _run(network, given, truth, ball, name, component, seed, batch_size)
+                told = None if progress is None else functools.partial(progress, f"{name} ({ball})")
+                side, verdict = _run(network, given, truth, ball, name, component, seed, batch_size, told)
                 rows.append(side)
                 if verdict is not None:
                     ran.append((side, component, verdict))
@@ -175,10 +180,13 @@ def _run(
     attack: Attack,
     seed: int,
     batch_size: int,
+    told: Callable[[int, int], None] | None,
 ) -> tuple[Side, Verdict | None]:
     library = str(getattr(attack, "library", name.partition(":")[0]))
     returned = []
     for number, batch in enumerate(torch.arange(len(images)).split(batch_size)):
+        if told is not None:
+            told(number * batch_size, len(images))
         try:
             with torch.enable_grad():
                 made = attack(network, images[batch], labels[batch], threat, stream(seed, "attack", number))
@@ -241,6 +249,7 @@ def agreement(
     batch_size: int = 128,
     device: str = "auto",
     plugins: Iterable[str | Path] = (),
+    progress: Progress | None = None,
     **foreign: Any,
 ) -> AgreementResult:
     """Compare the libraries on a trained network and the test split; see :func:`agree`.
@@ -273,6 +282,7 @@ def agreement(
         budgets=asked.budgets,
         seed=seed,
         batch_size=batch_size,
+        progress=progress,
     )
 
 

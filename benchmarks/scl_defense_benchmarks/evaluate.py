@@ -137,6 +137,8 @@ def evaluate(
         if probes != "none" and place is not None:
             robust = torch.tensor([code != BROKEN for code in cases[place].outcomes])
             ball, rng = plan.threats()[place], stream(seed, "probes")
+            if progress is not None:
+                progress("probes for masked gradients", 0, 0)
             found = everybody.from_first(
                 lambda: diagnostics.probe(network, images, labels, ball, rng, probes, robust)  # type: ignore[arg-type]
             )

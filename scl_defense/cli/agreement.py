@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.progress import AttackProgress
 from scl_defense.cli.subject import as_given, found, subject_options
 
 
@@ -33,7 +34,8 @@ def command(checkpoint: str, as_json: bool, **settings: Any) -> None:
     path = found(checkpoint)
     # The benchmark layer is named here, never known.
     layer = import_module("scl_defense_benchmarks.agreement")
-    result = layer.agreement(path, **as_given(settings))
+    with AttackProgress(quiet=as_json) as progress:
+        result = layer.agreement(path, progress=progress, **as_given(settings))
     if as_json:
         common.print_json(result.to_json())
     else:

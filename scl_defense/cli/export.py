@@ -6,6 +6,7 @@ import shlex
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.progress import working
 
 
 @click.command("export")
@@ -30,7 +31,8 @@ def command(
     host = common.host_for(plugins)
     from scl_defense import export
 
-    made = export(checkpoint, out, format=format, force=force, host=host)
+    with working("tracing the network and comparing predictions", quiet=as_json):
+        made = export(checkpoint, out, format=format, force=force, host=host)
     if as_json:
         common.print_json(dataclasses.asdict(made))
         return

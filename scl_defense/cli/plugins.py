@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.progress import working
 from scl_defense.errors import UserError, nearest
 from scl_defense.plugins import PluginHost
 from scl_defense.registry import KINDS, Entry
@@ -56,7 +57,8 @@ def check(name: str, options: tuple[str, ...], data_root: str | None, plugins: t
     given = common.key_values(options, "-o")
     from scl_defense.testing import check_entry
 
-    reports = [result for entry in entries for result in check_entry(entry, given, root=data_root)]
+    with working(f"the contract test of {name}", quiet=as_json):
+        reports = [result for entry in entries for result in check_entry(entry, given, root=data_root)]
     if as_json:
         common.print_json(
             [{"component": r.component, "check": r.check, "passed": r.passed, "message": r.message} for r in reports]

@@ -1,6 +1,7 @@
 """Progress on stderr: a bar on a terminal, one line an epoch elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,18 +33,37 @@ class _Bar:
             self._bar.stop()
 
 
-class AttackProgress(_Bar):
-    """Told of every chunk of a benchmark: one bar an attack with the time it needs yet, on a terminal."""
+@contextmanager
+def working(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """While inside, on a terminal, what is being done and for how long: for what cannot tell how much is left."""
+    console = common.console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    after = "{task.completed}/{task.total} images"
+    with Progress(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), console=console, transient=True) as bar:
+        bar.add_task(text, total=None)
+        yield
+
+
+class AttackProgress(_Bar):
+    """Told of every chunk of a benchmark: one bar an attack with the time it needs yet, on a terminal.
+
+    A total of 0: nobody knows how much there is to do.
+    """
+
+    after = "{task.fields[count]}"
 
     def __call__(self, label: str, done: int, total: int) -> None:
         if self._bar is None:
             return
         self._bar.speed_estimate_period = 1e9  # a chunk may take minutes: every one so far tells the speed
+        count = f"{done}/{total} images" if total else ""
         if self._task is None or self._bar.tasks[-1].description != label:
-            self._task = self._bar.add_task(label, total=total, completed=done)  # what a resumed run finds is no speed
-        self._bar.update(self._task, completed=done)
+            # What a resumed run finds is no speed.
+            self._task = self._bar.add_task(label, total=total or None, completed=done, count=count)
+        self._bar.update(self._task, completed=done, count=count)
 
 
 class TrainProgress(_Bar):

@@ -6,6 +6,7 @@ import shlex
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.progress import working
 
 
 @click.command("pull")
@@ -23,7 +24,8 @@ def command(source: str, out: str | None, revision: str | None, force: bool, as_
     """
     from scl_defense import pull
 
-    made = pull(source, out, revision=revision, force=force)
+    with working("fetching and checking", quiet=as_json):
+        made = pull(source, out, revision=revision, force=force)
     if as_json:
         common.print_json(dataclasses.asdict(made))
         return

@@ -5,6 +5,7 @@ import dataclasses
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.progress import working
 
 
 @click.command("push")
@@ -32,7 +33,8 @@ def command(
     """
     from scl_defense import push
 
-    made = push(checkpoint, repository, result=result, public=public, revision=revision, folder=folder)
+    with working("packing and sending", quiet=as_json):
+        made = push(checkpoint, repository, result=result, public=public, revision=revision, folder=folder)
     if as_json:
         common.print_json(dataclasses.asdict(made))
         return

@@ -6,6 +6,7 @@ from importlib import import_module
 import click
 
 from scl_defense.cli import common
+from scl_defense.cli.progress import working
 
 
 @click.command("report")
@@ -44,16 +45,17 @@ def command(
     scl-defense report studies/q1-generators-digits
     """
     layer = import_module("scl_defense_benchmarks.report")  # named here, never known
-    made = layer.report(
-        list(results),
-        out if out is not None else layer.page_beside(results),
-        examples=examples or None,
-        data_root=data_root,
-        plugins=plugins,
-        pictures=pictures,
-        tsne=tsne,
-        alone=alone,
-    )
+    with working("drawing the page", quiet=quiet or as_json):
+        made = layer.report(
+            list(results),
+            out if out is not None else layer.page_beside(results),
+            examples=examples or None,
+            data_root=data_root,
+            plugins=plugins,
+            pictures=pictures,
+            tsne=tsne,
+            alone=alone,
+        )
     if as_json:
         files = {"page": str(made.page), "beside": list(map(str, made.beside)), "missing": list(made.missing)}
         common.print_json(files)
