@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from scl_defense.config import make
-from scl_defense.errors import ComponentError, SclDefenseError, UserError, has_controls
+from scl_defense.errors import ComponentError, SclDefenseError, UserError, has_controls, why
 from scl_defense.models import Network
 from scl_defense.plugins import PluginHost, default_host
 from scl_defense.shown import Table
@@ -153,8 +153,8 @@ def read_tensors(path: str | Path) -> tuple[Any, str]:
         raise UserError(f"'{path}' is no regular file; give a checkpoint, for example runs/NAME/best.pt")
     try:
         payload = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"checkpoint '{path}' cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint '{path}' cannot be read: {why(error)}") from None
     fault = _fault_of(payload)
     if fault:
         raise UserError(f"'{path}' is not a readable checkpoint: {fault}")

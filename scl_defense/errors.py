@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def why(error: OSError | ValueError) -> str:
+    """The reason in few words; a path with a zero character is a ``ValueError`` of Python's, not one of the system."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
 def has_controls(text: str) -> bool:
     """Whether a name holds control characters, escape sequences of terminals among them."""
     return not text.isprintable() and any(unicodedata.category(c) == "Cc" for c in text)

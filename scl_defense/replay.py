@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from scl_defense.data import Data
-from scl_defense.errors import ComponentError, UserError
+from scl_defense.errors import ComponentError, UserError, why
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Context, GeneratorBatch, component
 
@@ -128,8 +128,8 @@ def _read(path: Path) -> _Content:
         raise UserError(f"examples '{path}' are no regular file; give the file, written by scl-defense generate")
     try:
         payload = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"examples '{path}' cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"examples '{path}' cannot be read: {why(error)}") from None
     record = _record_of(payload)
     if record is None:
         raise UserError(

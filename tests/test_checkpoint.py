@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scl_defense import UserError, checkpoint, load_classifier, train
+from scl_defense.compose import make_generator
 from scl_defense.plugins import PluginHost, default_host
 
 
@@ -249,3 +250,11 @@ def test_a_foreign_file_is_offered_to_the_load_checkpoint_hook(tmp_path):
     assert torch.equal(loaded.network(torch.ones(1, 1, 8, 8)), torch.full((1, 10), 64.0))
     with pytest.raises(UserError, match="bare weights"):  # without that plugin: the benchmark layer's own reader
         load_classifier(tmp_path / "linear.pt")
+
+
+@pytest.mark.parametrize("path", ["\x00", "runs/\x00/best.pt"])
+def test_a_path_that_no_system_knows_is_one_line(path):
+    """From a recipe: TOML can write it, a command line cannot."""
+    for read in (checkpoint.read, lambda path: make_generator(default_host(), f"file:{path}", {})):
+        with pytest.raises(UserError, match=r"cannot be read: .*null"):
+            read(path)

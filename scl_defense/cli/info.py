@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from scl_defense.cli import common
-from scl_defense.errors import UserError, printable
+from scl_defense.errors import UserError, printable, why
 
 
 @click.command("info")
@@ -123,8 +123,8 @@ def _safetensors(checkpoint: str) -> tuple[dict[str, Any], str]:
 
     try:
         payload = Path(checkpoint).read_bytes()
-    except OSError as error:
-        raise UserError(f"'{checkpoint}' cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{checkpoint}' cannot be read: {why(error)}") from None
     try:
         tensors: dict[str, Any] = dict(safetensors.torch.load(payload))
     except safetensors.SafetensorError as error:
