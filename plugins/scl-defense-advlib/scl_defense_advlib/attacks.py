@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from scl_defense import ThreatModel
+from scl_defense.libraries import attempt, imported
 from scl_defense.types import Field, component
-from scl_defense_advlib.lending import attempt, imported
 
 Steps = Annotated[int, Field(ge=1, le=100_000, description="gradient steps")]
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}

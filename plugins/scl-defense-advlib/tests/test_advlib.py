@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from scl_defense_advlib import hooks, lending
+from scl_defense_advlib import hooks
 from torch import nn
 
-from scl_defense import ThreatModel, UserError
+from scl_defense import ThreatModel
 from scl_defense.testing import check_attack
 
 FOUND = {}
@@ -53,9 +53,3 @@ def test_the_network_comes_back_as_it_was(library):
 def test_the_readme_names_every_attack():
     page = (Path(__file__).parents[1] / "README.md").read_text()
     assert set(re.findall(r"`advlib:([\w-]+)`", page.partition("| name |")[2])) - {""} == set(FOUND)
-
-
-def test_a_missing_library_is_one_line():
-    with pytest.raises(UserError, match=r"no-such-thing is not usable here .*pip install no-such-thing") as caught:
-        lending.imported("no_such_thing", "no-such-thing")
-    assert "\n" not in str(caught.value)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from scl_defense import ThreatModel
+from scl_defense.libraries import attempt, imported
 from scl_defense.types import Field, component
-from scl_defense_foolbox.lending import attempt, imported
 
 Steps = Annotated[int, Field(ge=1, le=100_000, description="gradient steps")]
 Searches = Annotated[int, Field(ge=1, le=100, description="values of c tried, each from scratch")]
