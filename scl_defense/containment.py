@@ -34,9 +34,9 @@ def contained(name: str) -> Iterator[set[str]]:
     timer = threading.Timer(SLOW, _say, [f"plugin '{name}' is still being imported after {SLOW:g} s; leave it out with "
                                          f"SCL_DEFENSE_DISABLE_PLUGINS={name}"])  # fmt: skip
     timer.daemon = True
+    started = time.monotonic()  # before the timer: what it has named took long
     timer.start()
     own: set[str] = set()
-    started = time.monotonic()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield own

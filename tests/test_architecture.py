@@ -31,7 +31,8 @@ ORDER = (
     ("pytest_plugin", "cli", "__main__"),
 )
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line}
-# What a plugin may use. `models`: a trainer builds the Network. `libraries`: an attack that another library makes. `hookspecs`: the type of `register`.
+# What a plugin may use. `models`: a trainer builds the Network. `libraries`: an attack of another library.
+# `hookspecs`: the type of `register`.
 PUBLIC = {"types", "threat", "losses", "ascent", "errors", "models", "hookspecs", "libraries"}
 # What a command of a third party may call beside it, in files that define no component.
 FOR_COMMANDS = {"config", "plugins", "generation", "runtime", "data", "checkpoint"}
