@@ -7,6 +7,7 @@ import torch
 
 from scl_defense import checkpoint
 from scl_defense.errors import UserError
+from scl_defense.losses import Contrast, infonce, margin, multiview
 from scl_defense.threat import ThreatModel
 
 # -- threat
@@ -84,3 +85,32 @@ def test_a_head_that_is_no_matrix_of_a_row_a_class_is_malformed(shape):
     assert "not those that its network tells apart" in checkpoint._malformed(content)
     content["network"]["classifier.weight"] = torch.zeros(10, 4)
     assert checkpoint._malformed(content) is None
+
+
+# -- losses
+
+
+def test_one_image_of_one_view_has_nobody_to_be_compared_with():
+    views = torch.ones(1, 1, 3, requires_grad=True)
+    loss = multiview(views, ["clean"], torch.tensor([0]), Contrast())
+    assert loss == 0 and torch.equal(torch.autograd.grad(loss, views)[0], torch.zeros(1, 1, 3))
+
+
+def test_one_view_of_several_images_has_no_positive_among_instances():
+    views = torch.eye(3)[None].requires_grad_()
+    loss = multiview(views, ["clean"], torch.tensor([0, 0, 1]), Contrast(positives="instance"))
+    assert loss == 0 and torch.equal(torch.autograd.grad(loss, views)[0], torch.zeros(1, 3, 3))
+
+
+def test_the_usual_gap_of_the_margin_is_one():
+    near = torch.tensor([[1.0, 0.0], [0.8, 0.6]])  # 0.632 apart
+    apart = 1 - (0.2**2 + 0.6**2) ** 0.5
+    assert float(margin(near, torch.tensor([0, 1]))) == pytest.approx(apart**2, abs=1e-5)
+
+
+def test_some_of_many_rows_have_references_of_their_own():
+    """More rows than are computed at once, those from place 40 on."""
+    generator = torch.Generator().manual_seed(0)
+    embed, references = (torch.randn(700, 8, generator=generator) for _ in range(2))
+    whole = infonce(embed, references, 0.3)
+    torch.testing.assert_close(infonce(embed[40:400], references, 0.3, first=40), whole[40:400])
