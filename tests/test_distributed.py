@@ -258,17 +258,21 @@ def test_a_process_draws_its_rows_of_what_is_drawn_for_all():
     assert torch.equal(torch.rand(2, generator=rng), torch.rand(2, generator=following))
 
 
+@pytest.mark.parametrize("stuck", [True, False])
 @pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4), slice(4, 4)])
-def test_a_process_draws_for_the_stuck_images_of_others(monkeypatch, rows):
-    """Image 0 has no gradient and gets random directions: elsewhere as many are drawn, and the next start is right."""
+def test_a_process_draws_for_the_stuck_images_of_others(monkeypatch, rows, stuck):
+    """Image 0 has no gradient and gets random directions: elsewhere as many are drawn, and the next start is right.
+
+    Where nobody is stuck nothing is drawn, not even by a process without an image.
+    """
 
     class Second(Ranks):
         def most(self, value=0, **how):
-            return 1  # the process of image 0 says so, at every step
+            return int(stuck)  # the process of image 0 says so, at every step
 
     monkeypatch.setattr("scl_defense.runtime._joined", [])
     threat, slope = ThreatModel("linf", "0.1"), torch.ones(4, 1, 3, 3)
-    slope[0] = 0
+    slope[0] = 0 if stuck else 1
     images = torch.rand((4, 1, 3, 3), generator=stream(0, "z"))
 
     def climbed(rows, rng):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scl_defense import checkpoint
+from scl_defense.ascent import ascend_contrast
 from scl_defense.errors import UserError
 from scl_defense.losses import Contrast, infonce, margin, multiview
 from scl_defense.threat import ThreatModel
@@ -114,3 +115,20 @@ def test_some_of_many_rows_have_references_of_their_own():
     embed, references = (torch.randn(700, 8, generator=generator) for _ in range(2))
     whole = infonce(embed, references, 0.3)
     torch.testing.assert_close(infonce(embed[40:400], references, 0.3, first=40), whole[40:400])
+
+
+# -- ascent
+
+
+def test_the_usual_temperature_of_the_contrast_is_a_half():
+    generator = torch.Generator().manual_seed(0)
+    views, weights = torch.rand(1, 6, 1, 4, 4, generator=generator), torch.randn(16, 5, generator=generator)
+
+    def ascended(**given):
+        rng = torch.Generator().manual_seed(1)
+        return ascend_contrast(
+            lambda images: images.flatten(1) @ weights, views, ThreatModel("l2", "0.5"), steps=3, rng=rng, **given
+        )
+
+    assert torch.equal(ascended(), ascended(temperature=0.5))
+    assert not torch.equal(ascended(), ascended(temperature=1.5))
