@@ -268,7 +268,7 @@ def test_a_process_draws_for_the_stuck_images_of_others(monkeypatch, rows, stuck
 
     class Second(Ranks):
         def most(self, value=0, **how):
-            return int(stuck)  # the process of image 0 says so, at every step
+            return max(int(value), int(stuck))  # the process of image 0 says so, at every step
 
     monkeypatch.setattr("scl_defense.runtime._joined", [])
     threat, slope = ThreatModel("linf", "0.1"), torch.ones(4, 1, 3, 3)
