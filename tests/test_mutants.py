@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scl_defense import checkpoint
-from scl_defense.ascent import ascend_contrast
+from scl_defense.ascent import ascend, ascend_contrast
 from scl_defense.errors import UserError
 from scl_defense.losses import Contrast, infonce, margin, multiview
 from scl_defense.threat import ThreatModel
@@ -132,3 +132,43 @@ def test_the_usual_temperature_of_the_contrast_is_a_half():
 
     assert torch.equal(ascended(), ascended(temperature=0.5))
     assert not torch.equal(ascended(), ascended(temperature=1.5))
+
+
+def test_who_is_done_stays_where_it_is_and_is_not_asked_again():
+    """Every image climbs a plane of its own; image i is done when its points have been seen i + 1 times."""
+    images, slopes = torch.full((4, 1, 2, 2), 0.5), torch.tensor([1.0, 2.0, -1.0, -2.0]).view(4, 1, 1, 1)
+    threat, seen, asked = ThreatModel("linf", "0.2"), torch.zeros(4, dtype=torch.long), []
+
+    def climbed(points, places):
+        return (points * slopes[places]).flatten(1).sum(1)
+
+    def objective(points, places):
+        asked.append(places.tolist())
+        seen[places] += 1
+        return climbed(points, places), seen[places] > places
+
+    def ascended(objective, **how):
+        rng = torch.Generator().manual_seed(0)
+        return ascend(objective, images, threat, steps=3, rel_step=0.25, start="zero", rng=rng, **how)
+
+    made = ascended(objective, stopping=True)
+    assert asked == [[0, 1, 2, 3], [1, 2, 3], [2, 3]]
+    moved = (made - images)[:, 0, 0, 0]  # a step is 0.05; the one after which an image is done is not taken
+    assert moved.tolist() == pytest.approx([0.0, 0.05, -0.1, -0.15])
+    asked.clear()
+    seen.zero_()
+    none = ascended(lambda points, places: (climbed(points, places), places < 0), stopping=True)
+    plain = ascended(lambda points: climbed(points, torch.arange(4)))
+    assert torch.equal(none, plain)
+
+
+def test_nobody_is_asked_once_all_are_done():
+    asked = []
+
+    def objective(points, places):
+        asked.append(len(places))
+        return points.flatten(1).sum(1), torch.ones(len(places), dtype=torch.bool)
+
+    images, rng = torch.full((3, 1, 2, 2), 0.5), torch.Generator().manual_seed(0)
+    made = ascend(objective, images, ThreatModel("linf", "0.2"), steps=5, start="zero", stopping=True, rng=rng)
+    assert asked == [3] and torch.equal(made, images)
