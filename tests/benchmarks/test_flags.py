@@ -319,3 +319,15 @@ def test_a_small_sample_is_said_with_its_interval():
     assert f"known to {100 * low:.1f} to {100 * high:.1f} %" in small.what
     assert [flag.id for flag in noted(1000, 900)] == ["not-adaptive"]
     assert [flag.id for flag in noted(999, 900)] == ["small-sample", "not-adaptive"]
+
+
+def test_the_limit_of_the_recorded_accuracy_is_that_of_few_images():
+    """None of 20 right, all of 20 recorded: the pooled share, one image of each kind added, is 21 of 42."""
+    (flag,) = diagnostics.check_recorded(0, 20, 1.0, 20)
+    assert flag.threshold == pytest.approx(0.02 + 3 * (0.25 * 2 / 20) ** 0.5)
+
+
+def test_a_reason_names_the_one_attack_that_it_is_about():
+    one, two = ("art:pgd",), ("art:pgd", "art:cw")
+    named = [diagnostics._reason(diagnostics.flagged("outside-box", "It left.", attacks=who)) for who in (one, two, ())]
+    assert named == ["outside-box (art:pgd: It left)", "outside-box (It left)", "outside-box (it left)"]
