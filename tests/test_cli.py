@@ -164,7 +164,7 @@ def test_info_shows_what_a_file_of_another_program_holds(capsys, tmp_path):
     optimizer.step()
     whole = {"epoch": 2, "model": state, "optimizer": optimizer.state_dict(), "by\x1b[31m": "me"}
     torch.save(whole, tmp_path / "net.pt")
-    save_file(state, tmp_path / "net.safetensors", {"author": "me"})
+    save_file(state, tmp_path / "net.safetensors", {"author": "me", "format": "pt"})
     assert run(["info", str(tmp_path / "net.pt")]) == 0
     said = capsys.readouterr().out
     assert "tensors: 2" in said and "model.weight: 2 x 3" in said and "epoch: 2" in said and "\x1b" not in said
@@ -174,7 +174,7 @@ def test_info_shows_what_a_file_of_another_program_holds(capsys, tmp_path):
         told = json.loads(capsys.readouterr().out)
         assert told["tensors"] == {f"{prefix}weight": [2, 3], f"{prefix}bias": [2]} and told["format"] is None
         assert told["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    assert told["other"] == {"author": "me"}
+    assert told["other"] == {"author": "me", "format": "pt"}
     assert (
         run(["generate", "--generator", "corner-noise", "--limit", "50", "--out", str(tmp_path / "made.safetensors")])
         == 0

@@ -86,11 +86,11 @@ def _foreign(checkpoint: str, content: Any, sha256: str, as_json: bool) -> None:
     stored = _record(other.get(RECORD))  # what ``scl-defense generate`` wrote
     if stored is not None:
         other = {name: str(value) for name, value in stored.items()}
+    ours = other.get("format", "examples of scl-defense") if stored is not None else None
     if as_json:
         shapes = {name: list(shape) for name, shape in tensors.items()}
-        common.print_json({"format": other.get("format"), "sha256": sha256, "tensors": shapes, "other": other})
+        common.print_json({"format": ours, "sha256": sha256, "tensors": shapes, "other": other})
         return
-    ours = other.get("format", "examples of scl-defense") if stored is not None else None
     click.echo(printable(f"format: {ours or 'not of scl-defense; plain tensors, read without running code'}"))
     click.echo(f"sha256: {sha256}")
     click.echo(f"tensors: {len(tensors)}")
