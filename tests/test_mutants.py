@@ -172,3 +172,88 @@ def test_nobody_is_asked_once_all_are_done():
     images, rng = torch.full((3, 1, 2, 2), 0.5), torch.Generator().manual_seed(0)
     made = ascend(objective, images, ThreatModel("linf", "0.2"), steps=5, start="zero", stopping=True, rng=rng)
     assert asked == [3] and torch.equal(made, images)
+
+
+# -- checkpoint: limits as numbers, since a limit that moves is another promise
+
+
+def test_the_limits_of_what_a_file_may_describe():
+    assert checkpoint.INFLATED == 268_435_456
+    assert (checkpoint.MOST_LISTS, checkpoint.MOST_PARTS, checkpoint.DEEPEST) == (50_000, 10_000_000, 64)
+
+
+def test_a_number_among_lists_ends_no_count(monkeypatch):
+    monkeypatch.setattr(checkpoint, "MOST_LISTS", 3)
+    assert checkpoint.tangled(5) is None
+    assert "larger than" in checkpoint.tangled([[], 1, "a", [], {}, []])
+
+
+def test_sweeping_takes_our_parts_alone(tmp_path):
+    for name in (".best.pt.12.part", ".best.pt.x.part", ".other.12.part", "best.pt.12.part"):
+        (tmp_path / name).touch()
+    (tmp_path / ".best.pt.13.part").mkdir()
+    checkpoint.sweep(tmp_path, "best.pt")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".best.pt.x.part", ".other.12.part", "best.pt.12.part", ".best.pt.13.part"}
+
+
+def test_a_pickle_of_old_is_known_by_two_bytes():
+    assert "before 1.6" in checkpoint._fault_of(b"\x80\x02" + b"x" * 20)
+    assert "no zip file" in checkpoint._fault_of(b"\x80\x03" + b"x" * 20)
+
+
+def sound(**more):
+    content = {
+        "network": {"classifier.weight": torch.zeros(2, 3)}, "model": "small-cnn", "model_options": {},
+        "classes": ["a", "b"], "image_shape": [1, 8, 8], "mean": [0.0], "std": [1.0], "threat": "linf:0.1",
+        "config": "{}", "plugins": [],
+    }  # fmt: skip
+    return content | more
+
+
+def test_two_classes_and_the_largest_sizes_are_sound():
+    assert checkpoint._malformed(sound()) is None
+    assert checkpoint._malformed(sound(image_shape=[1, 4096, 1])) is None
+    assert checkpoint._malformed(sound(image_shape=[3, 8, 8], mean=[0.0] * 3, std=[1.0] * 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"classes": ["a"]}, "at least two names"),
+        ({"image_shape": [1, 8, 4097]}, "from 1 to 4096"),
+        ({"image_shape": [1, 8, 0]}, "from 1 to 4096"),
+        ({"image_shape": [1, 8, -1]}, "from 1 to 4096"),
+        ({"std": [1.0, 1.0]}, "1 numbers each"),
+        ({"std": []}, "1 numbers each"),
+        ({"mean": [0.0, 0.0]}, "1 numbers each"),
+        ({"network": {"classifier.weight": torch.zeros(1).expand(2, 3)}}, "larger than its data"),
+        ({"network": {"classifier.weight": torch.zeros(5).as_strided((2, 3), (1, 1))}}, "larger than its data"),
+    ],
+)
+def test_what_is_malformed(more, says):
+    assert says in checkpoint._malformed(sound(**more))
+
+
+def test_a_network_of_twice_its_weights_and_a_million_is_the_most():
+    """Counted in numbers; 4 are given."""
+
+    def asked(count):
+        describe = lambda shape: torch.nn.ParameterList([torch.nn.Parameter(torch.empty(count))])  # noqa: E731
+        checkpoint._check_size("x.pt", describe, {"image_shape": [1, 8, 8]}, {"w": torch.zeros(4)})
+
+    asked(1_000_008)
+    with pytest.raises(UserError, match="describes 1,000,009 numbers, holds 4"):
+        asked(1_000_009)
+
+
+def test_a_model_that_cannot_be_counted_is_left_to_its_building():
+    def refuse(shape):
+        raise UserError("images are too small")
+
+    checkpoint._check_size("x.pt", refuse, {"image_shape": [1, 8, 8]}, {})
+
+
+def test_a_classifier_is_asked_for_by_named_settings():
+    with pytest.raises(TypeError):
+        checkpoint.load_classifier("x.pt", None)
