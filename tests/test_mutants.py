@@ -236,15 +236,15 @@ def test_what_is_malformed(more, says):
 
 
 def test_a_network_of_twice_its_weights_and_a_million_is_the_most():
-    """Counted in numbers; 4 are given."""
+    """Counted in numbers; 32 are given."""
 
     def asked(count):
         describe = lambda shape: torch.nn.ParameterList([torch.nn.Parameter(torch.empty(count))])  # noqa: E731
-        checkpoint._check_size("x.pt", describe, {"image_shape": [1, 8, 8]}, {"w": torch.zeros(4)})
+        checkpoint._check_size("x.pt", describe, {"image_shape": [1, 8, 8]}, {"w": torch.zeros(32)})
 
-    asked(1_000_008)
-    with pytest.raises(UserError, match="describes 1,000,009 numbers, holds 4"):
-        asked(1_000_009)
+    asked(1_000_064)
+    with pytest.raises(UserError, match="describes 1,000,065 numbers, holds 32"):
+        asked(1_000_065)
 
 
 def test_a_model_that_cannot_be_counted_is_left_to_its_building():
