@@ -147,14 +147,17 @@ def slow_crop(image, box, mirrored):
     return out
 
 
-def test_resized_crop_equals_the_loop():
-    images = random_images(6, (3, 9, 12)).double()
+@pytest.mark.parametrize("channels", [1, 3])  # one way each
+def test_resized_crop_equals_the_loop(channels):
+    images = random_images(6, (channels, 9, 12)).double()
     size = 0.3 + 0.7 * torch.rand((6, 2), generator=rng(1)).double()
     centre = (1 - size) * (2 * torch.rand((6, 2), generator=rng(2)).double() - 1)
     # Into two corners, where the outermost samples lie beyond the middle of the outermost pixels, and the whole image.
     centre[0], centre[1], size[2], centre[2] = size[0] - 1, 1 - size[1], 1, 0
     boxes, mirrored = torch.cat([centre, size], dim=1), torch.arange(6) % 2 == 0
     out = resized_crop(images, boxes, mirrored)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (resized_crop(images.float(), boxes.float(), mirrored) - out).abs().max() < 1e-5
     for k in range(6):
         expected = slow_crop(images[k].numpy(), boxes[k].tolist(), bool(mirrored[k]))
         assert np.abs(out[k].numpy() - expected).max() < 1e-12
