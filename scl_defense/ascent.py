@@ -21,6 +21,7 @@ StoppingObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Start = Literal["uniform", "gaussian", "zero"] | Tensor
 Contrastive = Literal["infonce", "ntxent-joint", "align", "supcon"]
 Negatives = Literal["all", "other-classes"]
+SIZES = 4  # of a batch that shrinks, from any size to its half
 GAUSSIAN_START = 0.001  # TRADES and MART start at x + 0.001 N(0, I)
 
 
@@ -48,7 +49,8 @@ def ascend(
     ``gaussian`` (0.001 N(0, I)), ``zero``, or a tensor (N, C, H, W).
 
     stopping: the objective also gets the places of its points in ``images``, and says which of them are done: those
-    stay where they are and are not passed any more.
+    stay where they are and are passed no more. The batch that is left is filled up with a few of its points, passed
+    twice, to one of four sizes an octave: what prepares its kernels anew for every size of batch meets few of them.
 
     Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched. Train/eval mode is the
     caller's (see :func:`scl_defense.guard.frozen`). A sample whose gradient is zero or not finite everywhere gets a
@@ -77,19 +79,25 @@ def ascend(
         if left is None:
             adversarial = _step(cast(Objective, objective), images, adversarial, threat, length, images, rng)
             continue
-        points, done = adversarial[left], torch.zeros(len(left), dtype=torch.bool, device=images.device)
+        rows, done = _filled_up(left), torch.zeros(len(left), dtype=torch.bool, device=images.device)
 
-        def ask(points: Tensor, left: Tensor = left, done: Tensor = done) -> Tensor:
-            values, verdict = cast(StoppingObjective, objective)(points, left)
-            done |= verdict
+        def ask(points: Tensor, rows: Tensor = rows, done: Tensor = done) -> Tensor:
+            values, verdict = cast(StoppingObjective, objective)(points, rows)
+            done |= verdict[: len(done)]
             return values
 
-        moved = _step(ask, images[left], points, threat, length, images, rng, left)
+        moved = _step(ask, images[left], adversarial[rows], threat, length, images, rng, left)
         adversarial = adversarial.index_copy(0, left[~done], moved[~done])
         left = left[~done]
         if not len(left):
             break
     return adversarial
+
+
+def _filled_up(left: Tensor) -> Tensor:
+    """``left``, and behind it as many of its places again as make 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...."""
+    block = max(1, 2 ** (len(left).bit_length() - 1) // SIZES)
+    return torch.cat([left, left[: -len(left) % block]])
 
 
 def _step(
@@ -102,12 +110,15 @@ def _step(
     rng: torch.Generator,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """One step from ``points`` and back into the ball around ``images``; these are the ``rows`` of ``whole``."""
+    """One step from ``points`` and back into the ball around ``images``; these are the ``rows`` of ``whole``.
+
+    Points beyond the images are passed with the others and go nowhere.
+    """
     if len(points) == 0:  # other processes have images: what they draw is drawn here too
         if rows is None and anywhere(False):
             threat.random_direction(whole, rng)
         return points
-    gradient = _gradient(objective, points)
+    gradient, points = _gradient(objective, points)[: len(images)], points[: len(images)]
     # NaN is no direction; an infinite slope is the largest there is.
     flat = torch.nan_to_num(gradient.flatten(1), nan=0.0)
     direction = threat.steepest(flat.view_as(images), points)

@@ -1,5 +1,6 @@
 """What holds for every test: no network, no settings of the developer's shell, repeatable properties."""
 
+import functools
 import ipaddress
 import json
 import os
@@ -20,8 +21,6 @@ _DEAD_PROXY = "http://127.0.0.1:9"
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
 
 
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config, specs):
     """One worker a core: two of them with a thread for every core each would fight, at several times the cost."""
@@ -32,20 +31,35 @@ class NetworkBlocked(OSError):
     """A test tried to leave this machine. An ``OSError``: the code under test sees what an offline machine gives."""
 
 
-def _is_loopback(host: object) -> bool:
+def _is_here(host: object) -> bool:
     name = host.decode() if isinstance(host, bytes) else str(host)
     if name in ("", "localhost", "None"):
         return True
     try:
-        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+        address = ipaddress.ip_address(name.partition("%")[0])
     except ValueError:
+        return False
+    return address.is_loopback or _is_this_machine(address)
+
+
+@functools.cache
+def _is_this_machine(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of ours: only those can be bound. The nodes of a Ray on this machine talk by it."""
+    if address.is_unspecified or address.is_multicast:
+        return False
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as trial:
+            trial.bind((str(address), 0))
+        return True
+    except OSError:
         return False
 
 
 def _guarded(original, host_of):
     def call(*args, **kwargs):
         host = host_of(*args, **kwargs)
-        if host is not None and not _is_loopback(host):
+        if host is not None and not _is_here(host):
             raise NetworkBlocked(f"the tests must not use the network: {original.__name__} to {host!r}")
         return original(*args, **kwargs)
 
@@ -60,7 +74,7 @@ def _host_of_address(sock, *args):
 
 @pytest.fixture(autouse=True)
 def no_network(request, monkeypatch):
-    """Only the loopback can be reached; tests marked ``install`` need a package index and are let through."""
+    """Only this machine can be reached; tests marked ``install`` need a package index and are let through."""
     if request.node.get_closest_marker("install"):
         return
     for method in ("connect", "connect_ex", "sendto"):

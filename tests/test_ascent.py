@@ -383,3 +383,31 @@ def test_an_unknown_start_is_an_error(start):
 def test_a_start_of_another_shape_is_an_error(shape):
     with pytest.raises(ComponentError):
         ascend(linear(torch.ones(1, 4, 4)), interior(3, 1, 4, 4), THREATS[0], steps=1, start=rand(*shape), rng=rng())
+
+
+def test_a_batch_that_shrinks_has_few_sizes_and_every_image_ends_where_it_ends_alone():
+    """Image k is done in step k: 100 sizes, of which four an octave are passed."""
+    images, threat, steps = rand(100, 1, 3, 3), THREATS[0], 100
+    slopes, sizes = randn(100, 1, 3, 3, seed=1), []
+
+    def climbing(steps_of):
+        count = torch.zeros(len(images), dtype=torch.long)
+
+        def objective(points, places):
+            sizes.append(len(places))
+            count[places] += 1  # a place that is there twice counts once
+            return (points * slopes[places]).flatten(1).sum(1), count[places] > steps_of[places]
+
+        return objective
+
+    how = {"steps": steps, "rel_step": 0.05, "start": "zero"}
+    together = ascend(climbing(torch.arange(100)), images, threat, **how, stopping=True, rng=rng())
+    allowed = {size for octave in range(7) for size in (2**octave, *(2**octave * k // 4 for k in (5, 6, 7)))}
+    assert len(sizes) == steps and set(sizes) <= allowed and len(set(sizes)) <= 4 * 7
+    assert max(sizes) == 112 and sum(sizes) < 1.15 * sum(range(1, 101))
+    for k in (0, 1, 3, 50, 99):
+        alone = ascend(
+            lambda points, k=k: (points * slopes[k]).flatten(1).sum(1), images[k : k + 1], threat,
+            steps=k, rel_step=0.05, start="zero", rng=rng(),
+        )  # fmt: skip
+        assert torch.equal(together[k : k + 1], alone)

@@ -27,6 +27,7 @@ BY_CHANCE = 0.05  # of a paired test
 BEATEN_BY = 0.005  # half a percentage point: what a weaker attack may win by chance (Carlini et al. 2019)
 CONTROL_ONLY = 0.01  # share of images that only noise breaks
 DOUBTFUL, INVALID = 0.01, 0.10  # share of right images that an attack did not move
+ASKED = 16  # images that are passed again to see if the answer repeats
 DIFFERENT = 1e-4  # between unit-length logits (auto-attack, checks.py)
 PROBABILITY = 1e-5  # the same source: how near to [0, 1] and to sum 1
 RECORDED = 0.02  # clean accuracy may differ by so much from the recorded one, beside 3 sigma
@@ -87,38 +88,40 @@ def check_network(network: "nn.Module", images: "Tensor", labels: "Tensor", logi
     if busy := [name for name, module in network.named_modules() if module.training]:
         what = f"{len(busy)} modules are still in train mode after eval(), the first is '{busy[0] or 'the network'}'."
         flags.append(flagged("train-mode", what, measured=len(busy), threshold=0.0))
-    unsteady = _check_repeatable(network, images, labels, logits)
+    unsteady = _check_repeatable(network, images, logits)
     flags += same_state(before, state_of(network))
-    return flags + (unsteady or _check_preparation(network, images, labels))
+    return flags + (unsteady or _check_preparation(network, images, labels, logits))
 
 
-def _check_preparation(network: "nn.Module", images: "Tensor", labels: "Tensor") -> list[Flag]:
+def _check_preparation(network: "nn.Module", images: "Tensor", labels: "Tensor", logits: "Tensor") -> list[Flag]:
     """Another normalisation, channel order, range of values or order of the classes that is clearly better."""
     from scl_defense_benchmarks.preprocessing import BETTER, find_better
 
-    found = find_better(network, images, labels)
+    found = find_better(network, images, labels, logits=logits)
     if found is None:
         return []
     id = "label-order" if found.preprocessing is None else "normalisation"
     return [flagged(id, found.what + ".", measured=found.better - found.accuracy, threshold=BETTER)]
 
 
-def _check_repeatable(network: "nn.Module", images: "Tensor", labels: "Tensor", logits: "Tensor") -> list[Flag]:
+def _check_repeatable(network: "nn.Module", images: "Tensor", logits: "Tensor") -> list[Flag]:
+    import torch
     import torch.nn.functional as F
 
-    from scl_defense_benchmarks.forward import CHUNK, decide, logits_of
+    from scl_defense_benchmarks.forward import CHUNK, check_logits, decide, logits_of
 
-    images, labels, logits = images[:CHUNK], labels[:CHUNK], logits[:CHUNK]
-
-    def differs(other: "Tensor") -> bool:
-        first = logits[: len(other)]
+    def differ(first: "Tensor", other: "Tensor") -> bool:
         apart = (F.normalize(first, dim=1) - F.normalize(other, dim=1)).abs().amax()
         return bool(apart > DIFFERENT) or bool((decide(first) != decide(other)).any())
 
-    if any(differs(logits_of(network, images)) for _ in range(4)):
+    few = images[:ASKED]  # the same batch each time: what differs is drawn
+    with torch.no_grad():
+        first, *others = (check_logits(network(few), len(few)).float() for _ in range(4))
+    if any(differ(first, other) for other in others):
         return [flagged("random-forward", "The network answers the same images differently each time.")]
     # In other company: the second half of the first chunk is left out, and the filler takes its place.
-    if len(images) > 1 and differs(logits_of(network, images[: (len(images) + 1) // 2])):
+    images = images[: (len(images[:CHUNK]) + 1) // 2]
+    if len(logits) > 1 and differ(logits[: len(images)], logits_of(network, images)):
         what = "The answer for an image depends on the other images of its batch."
         return [flagged("batch-dependent-forward", what)]
     return []

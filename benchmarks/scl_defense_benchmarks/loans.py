@@ -86,14 +86,17 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
 
     def on_backward(gradient: Tensor) -> None:
         passes.backwards += len(gradient)
-        flat = gradient.flatten(1)
-        usable = flat.isfinite().all(1) & (flat != 0).any(1)
-        if network.rows is not None and len(flat) == len(network.rows):
-            passes.witness[network.rows] |= usable
-        elif len(flat) == len(passes.witness):
-            passes.witness |= usable
+        if network.rows is not None and len(gradient) == len(network.rows):
+            rows: Any = network.rows
+        elif len(gradient) == len(passes.witness):
+            rows = slice(None)
         else:
             passes.traceable = False
+            return
+        # An image is noted once; asking a GPU whether all are would wait for it.
+        if gradient.is_cuda or not bool(passes.witness[rows].all()):
+            flat = gradient.flatten(1)
+            passes.witness[rows] |= flat.isfinite().all(1) & (flat != 0).any(1)
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         images = inputs[0] if inputs else None
@@ -105,7 +108,8 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
         if isinstance(output, Tensor) and output.dim() > 0:
             passes.forwards += len(output)
             if network.rows is not None and len(output) == len(network.rows):
-                passes.paid[network.rows.to(passes.paid.device)] += 1
+                rows = network.rows.to(passes.paid.device)
+                passes.paid.index_add_(0, rows, torch.ones_like(rows, dtype=passes.paid.dtype))  # some twice
             elif len(passes.paid):
                 passes.paid += len(output) / len(passes.paid)
 

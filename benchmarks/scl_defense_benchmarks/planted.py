@@ -75,9 +75,7 @@ def plant(network: nn.Module, images: Tensor, threat: ThreatModel, rng: torch.Ge
         hook.remove()
 
 
-def _solve(
-    features: Callable[[Tensor], Tensor], images: Tensor, threat: ThreatModel, rng: torch.Generator
-) -> Planted:
+def _solve(features: Callable[[Tensor], Tensor], images: Tensor, threat: ThreatModel, rng: torch.Generator) -> Planted:
     inner = ThreatModel(threat.norm, f"{float(INSIDE * parse_eps(threat.eps)):.6g}")
     weights, limits, kept, chance = [], [], [], 0
 

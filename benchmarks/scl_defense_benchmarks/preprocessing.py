@@ -103,25 +103,28 @@ def find_better(
     labels: Tensor,
     given: Mapping[str, Any] | None = None,
     own: tuple[Sequence[float], Sequence[float]] | None = None,
+    *,
+    logits: Tensor | None = None,
 ) -> Finding | None:
     """What is clearly better than the preprocessing and label order as given, or ``None``.
 
     network: images (N, C, H, W) in [0, 1] -> logits, with the preprocessing ``given`` inside (``mean``, ``std``,
-    ``channels``, ``label_map``; default: what :func:`given_in` finds). own: mean and std of the data. At most 200
-    images are tried, spread over all.
+    ``channels``, ``label_map``; default: what :func:`given_in` finds). own: mean and std of the data. logits: (N, K),
+    the network's answer, where it is known. At most 200 images are tried, spread over all.
 
     Clearly: at least 10 points, and significant after correction for the number of trials; a permutation of the
     outputs is fitted on one half of the images and judged on the other.
     """
     chosen = torch.linspace(0, len(images) - 1, min(MOST, len(images))).round().long().unique()
     images, labels = images[chosen.to(images.device)], labels[chosen.to(labels.device)]
+    known = None if logits is None else logits[chosen.to(logits.device)]
     # Every other image of each class judges; the rest fits.
     order = torch.argsort(labels, stable=True).cpu()
     fit, judge = order[0::2], order[1::2]
     given = given_in(network) if given is None else given
     undo, label_map = _undo(given, images.shape[1]), given.get("label_map")
     with frozen(network), seeded_globals(0):
-        logits = logits_of(network, images)
+        logits = logits_of(network, images) if known is None else known
         truth = labels.cpu().numpy()
         outputs, as_given = logits.shape[1], decide(logits).cpu().numpy()
         base = as_given == truth

@@ -18,12 +18,13 @@ Precision = Literal["fp32", "bf16"]
 Choice = Literal["auto", "fp32", "bf16"]
 
 #: So many images a twin is compared with the network on.
-CHECKED = 64
+CHECKED = 16
 
 #: Families of attacks that, in bfloat16 and once more in float32 where the network did not follow its twin, were
 #: measured to find within 0.2 points of what float32 finds (benchmarks/results/precision-mnist). Of all others, which
 #: lose up to 1.2 points in bfloat16, nothing is run in it unless it is asked for.
 BF16_ENOUGH: frozenset[str] = frozenset({"pgd", "fgsm"})
+
 
 class Twin(nn.Module):
     """A copy of ``network``: eval mode, frozen weights, batch norm folded into the convolution before, channels-last.

@@ -21,7 +21,8 @@ PRECISION = ROOT / "benchmarks" / "results" / "precision-mnist" / "precision.jso
 #: Of the minutes given, what each part takes; training the networks comes on top, once.
 _SHARES = {"attacks": 0.6, "steps": 0.18, "losses": 0.1, "augment": 0.06, "startup": 0.06}
 
-Measure = Callable[[Callable[[str], None]], list[dict[str, Any]]]
+Say, Keep = Callable[[str], None], Callable[[list[dict[str, Any]]], None]
+Measure = Callable[[Say, Keep], list[dict[str, Any]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default=",".join(records.PARTS), help="parts, separated by commas; default: all")
     parser.add_argument("--quick", action="store_true", help="a look in 2 or 3 minutes: fewer networks, sizes, images")
-    parser.add_argument("--minutes", type=float, help="time to be spent; default: 20, or 2.5 with --quick")
+    parser.add_argument("--minutes", type=float, help="time to be spent; default: 60, or 2.5 with --quick")
     parser.add_argument("--repeats", type=int, help="rounds at most; default: what each part needs")
     parser.add_argument("--threads", type=int, help="torch's threads and our workers; default: torch's own")
     parser.add_argument(
@@ -62,7 +63,7 @@ def _run(given: argparse.Namespace) -> int:
     for part in parts:
         if part not in records.PARTS:
             raise UserError(f"part '{part}' is unknown; it must be one of {', '.join(records.PARTS)}")
-    minutes = given.minutes if given.minutes is not None else 2.5 if given.quick else 20.0
+    minutes = given.minutes if given.minutes is not None else 2.5 if given.quick else 60.0
     if not minutes > 0:
         raise UserError(f"minutes {minutes:g} must be above 0")
     for name in ("repeats", "threads"):
@@ -78,13 +79,7 @@ def _run(given: argparse.Namespace) -> int:
     if not given.bars:
         whole = sum(_SHARES[part] for part in parts)
         for part in parts:
-            measure, settings = prepared(part, given, 60 * minutes * _SHARES[part] / whole)
-            about, started = records.machine(), perf_counter()
-            rows = measure(
-                lambda text, started=started: print(f"[{perf_counter() - started:5.0f} s] {text}", flush=True)
-            )
-            settings |= {"quick": given.quick, "minutes": minutes, "took": round(perf_counter() - started, 1)}
-            records.write(out, part, rows, settings, about)
+            _measure(part, given, minutes, _SHARES[part] / whole, out)
     results = records.read_all(out)
     if not results:
         raise UserError(f"there is no result in '{out}'; measure something first")
@@ -95,6 +90,21 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(part: str, given: argparse.Namespace, minutes: float, share: float, out: Path) -> None:
+    """Measure a part, and write it after every step: a part that was stopped says so."""
+    measure, settings = prepared(part, given, 60 * minutes * share)
+    about, started = records.machine(), perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{perf_counter() - started:5.0f} s] {text}", flush=True)
+
+    def keep(rows: list[dict[str, Any]], **how: Any) -> None:
+        ran = {"quick": given.quick, "minutes": minutes, "took": round(perf_counter() - started, 1), **how}
+        records.write(out, part, rows, settings | ran, about)
+
+    keep(measure(say, lambda rows: keep(rows, stopped=True)))
+
+
 def prepared(part: str, given: argparse.Namespace, seconds: float) -> tuple[Measure, dict[str, Any]]:
     """What measures a part, and its settings as JSON types."""
     root, repeats = given.data_root, {} if given.repeats is None else {"repeats": given.repeats}
@@ -103,22 +113,22 @@ def prepared(part: str, given: argparse.Namespace, seconds: float) -> tuple[Meas
         quick = {"plan": attacks.QUICK, "repeats": 2, "most": 128} if given.quick else {}
         options = attacks.Options(work=Path(given.work), root=root, seconds=seconds, **{**quick, **repeats})
         settings = {"repeats": options.repeats, "most": options.most, "seconds": round(seconds)}
-        return lambda say: attacks.measure(options, say), settings
+        return lambda say, keep: attacks.measure(options, say, keep), settings
     if part == "steps":
         quick = {"worlds": steps.WORLDS[:1], "repeats": 3} if given.quick else {}
         options = steps.Options(root=root, seconds=seconds, **{**quick, **repeats})
         settings = {"worlds": [dataclasses.asdict(world) for world in options.worlds], "repeats": options.repeats}
-        return lambda say: steps.measure(options, say), settings
+        return lambda say, keep: steps.measure(options, say), settings
     if part == "losses":
         quick = {"rows": (512, 2048, 4096), "repeats": 3} if given.quick else {}
         options = losses.Options(seconds=seconds, **{**quick, **repeats})
-        return lambda say: losses.measure(options, say), dataclasses.asdict(options)
+        return lambda say, keep: losses.measure(options, say), dataclasses.asdict(options)
     if part == "augment":
         quick = {"images": 512, "repeats": 2, "loaders": (0,)} if given.quick else {}
         options = augmentation.Options(root=root, seconds=seconds, **{**quick, **repeats})
         settings = {"images": options.images, "batch": options.batch, "repeats": options.repeats}
-        return lambda say: augmentation.measure(options, say), settings
+        return lambda say, keep: augmentation.measure(options, say), settings
     quick = {"images": 1000, "width": 16, "repeats": 2} if given.quick else {}
     quick |= {"commands": tuple(startup.COMMANDS)[:5]} if given.quick else {}
     options = startup.Options(seconds=seconds, **{**quick, **repeats})
-    return lambda say: startup.measure(options, say), {"images": options.images, "repeats": options.repeats}
+    return lambda say, keep: startup.measure(options, say), {"images": options.images, "repeats": options.repeats}

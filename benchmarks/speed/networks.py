@@ -41,7 +41,7 @@ _AT_WIDE = {"generator": "pgd", "generator_options": {"steps": 1}, "epochs": 3, 
 
 RECIPES = (
     Recipe("small-cnn plain", "mnist", "small-cnn", "0.1", "1.5", {"generator": "none", "epochs": 3, "limit": 6000}),
-    Recipe("small-cnn robust", "mnist", "small-cnn", "0.2", "1.5", {"eps": "0.2", **_AT_CNN}),
+    Recipe("small-cnn robust", "mnist", "small-cnn", "0.3", "1.5", {"eps": "0.2", **_AT_CNN}),
     Recipe(
         "resnet18-w8 plain", "cifar10-jpeg75", "resnet18", "1/255", "0.25",
         {"generator": "none", "epochs": 4, "limit": 4000, "model_options": {"width": 8}},

@@ -77,7 +77,8 @@ class Rival:
 
     def run(self, task: Task, images: Tensor, labels: Tensor, balls: Sequence[ThreatModel]) -> Examples:
         """Examples for every ball, and one forward pass over each: what a user does to learn the accuracy."""
-        with global_random_state(), torch.enable_grad(), contextlib.redirect_stdout(io.StringIO()):
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())  # bars of ART
+        with global_random_state(), torch.enable_grad(), quiet[0], quiet[1]:
             torch.manual_seed(0)
             made = getattr(self, task.name.partition("-")[0].replace("restarts", "pgd"))(task, images, labels, balls)
         self.network.eval()

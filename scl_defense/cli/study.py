@@ -16,8 +16,12 @@ from scl_defense.errors import UserError
 @click.argument("recipe", metavar="FILE.toml")
 @click.option("--size", metavar="NAME", help="One of the recipe's sizes; default: its default_size.")
 @click.option("--out", metavar="DIR", help="Folder of the study; default: studies/<file>[-size].")
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N",
-              help="Cells side by side; default: what cores and memory allow, one on a GPU; all on a cluster.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Cells side by side; default: what cores and memory allow, one on a GPU; all on a cluster.",
+)
 @click.option("--executor", metavar="NAME", default="local", show_default=True,
               help="Where cells run: local, slurm or ray; for these two --out must be a shared folder.")  # fmt: skip
 @click.option("--cpus", type=click.IntRange(min=1), metavar="N", help="CPUs, and threads, of a cell.")
