@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 
 import pytest
 from scl_defense_benchmarks.study import figures, summary, tables
@@ -207,3 +208,15 @@ def test_short_labels_tell_namesakes_apart():
     ]
     assert list(tables.short_labels(labels).values()) == [
         "fgsm", "pgd", "native:pgd loss=margin", "native:pgd loss=ce", "cw"]  # fmt: skip
+
+
+def test_names_that_lie_on_each_other_are_moved_apart_and_no_others():
+    places, widths, height = [[0.0, 0.0], [0.1, 0.02], [0.2, -0.01], [5.0, 0.0], [0.0, 9.0]], [1.0] * 5, 0.3
+    figures.apart(places, widths, height)
+    assert places[3:] == [[5.0, 0.0], [0.0, 9.0]]
+    ys = sorted(y for _, y in places[:3])
+    assert [x for x, _ in places[:3]] == [0.0, 0.1, 0.2]
+    assert all(b - a >= 0.3 * (1 - 1e-5) for a, b in itertools.pairwise(ys)) and ys[2] - ys[0] < 0.7
+    same = [[1.0, 1.0], [1.0, 1.0]]
+    figures.apart(same, [1.0, 1.0], height)
+    assert abs(same[0][1] - same[1][1]) == pytest.approx(height)

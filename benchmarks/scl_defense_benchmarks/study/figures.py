@@ -1,6 +1,7 @@
 """The figures of a study, as PNG and PDF: drawn for a column 85 mm wide, told apart without colour vision too."""
 
 import io
+import itertools
 import json
 import statistics as stdlib
 from collections.abc import Sequence
@@ -204,7 +205,7 @@ def embedding(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> "Figu
             xs, ys = zip(*points[cloud], strict=True)
             panel.scatter(xs, ys, s=size, c=colours, marker=marker, linewidths=0.4 if marker == "x" else 0, alpha=0.75)
         if len(points["classes"]) <= 10:  # the colours of ten classes cannot all be told apart: names can
-            _name_classes(panel, points)
+            _name_classes(panel, points, 72 * 0.85 * width / columns)
         panel.set_title("\n".join(_wrapped(row.label, 26)), pad=2)
         one, two = points["explained"]
         panel.set_xlabel(f"PC 1 ({one:.0%})", labelpad=1)
@@ -219,15 +220,40 @@ def embedding(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> "Figu
     return figure
 
 
-def _name_classes(panel: Any, points: dict[str, Any]) -> None:
-    """Each class's name at the mean of its clean points."""
+def _name_classes(panel: Any, points: dict[str, Any], width: float) -> None:
+    """Each class's name at the mean of its clean points, moved up or down where it would lie on another.
+
+    width: of the panel, about as high as wide, in points.
+    """
     from matplotlib.patheffects import withStroke
 
+    size, (left, right), (low, high) = 6, panel.get_xlim(), panel.get_ylim()
+    across, down = (right - left) / width, (high - low) / width  # a point of the paper in units of the axes
+    names, places = [], []
     for label in sorted(set(points["labels"])):
         cloud = [point for point, own in zip(points["clean"], points["labels"], strict=True) if own == label]
-        x, y = (stdlib.fmean(axis) for axis in zip(*cloud, strict=True))
-        panel.text(x, y, points["classes"][label][:10], fontsize=6, ha="center", va="center",
+        names.append(points["classes"][label][:10])
+        places.append([stdlib.fmean(axis) for axis in zip(*cloud, strict=True)])
+    extents = [0.6 * size * len(name) * across for name in names]
+    apart(places, extents, 1.1 * size * down)
+    for name, (x, y) in zip(names, places, strict=True):
+        panel.text(x, y, name, fontsize=size, ha="center", va="center",
                    path_effects=[withStroke(linewidth=1.5, foreground="white")])  # fmt: skip
+
+
+def apart(places: list[list[float]], widths: Sequence[float], height: float, rounds: int = 200) -> None:
+    """Move boxes around ``places`` [x, y], of these widths and one height, up or down until none lies on another."""
+    for _ in range(rounds):
+        moved = False
+        for one, two in itertools.combinations(range(len(places)), 2):
+            (x, y), (other, above) = places[one], places[two]
+            overlap = height - abs(above - y)
+            if abs(other - x) >= (widths[one] + widths[two]) / 2 or overlap <= 1e-6 * height:
+                continue
+            push = overlap / 2 if above >= y else -overlap / 2
+            places[one][1], places[two][1], moved = y - push, above + push, True
+        if not moved:
+            return
 
 
 def _wrapped(text: str, width: int) -> list[str]:
