@@ -85,14 +85,15 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
     """Count images passed forward and backward, and note which images ever got a finite gradient that is not zero."""
 
     def on_backward(gradient: Tensor) -> None:
-        passes.backwards += len(gradient)
-        if network.rows is not None and len(gradient) == len(network.rows):
-            rows: Any = network.rows
-        elif len(gradient) == len(passes.witness):
-            rows = slice(None)
+        rows: Any = network.rows
+        if rows is not None and len(gradient) == len(rows):
+            passes.backwards += len(rows.unique())
         else:
-            passes.traceable = False
-            return
+            passes.backwards += len(gradient)
+            if len(gradient) != len(passes.witness):
+                passes.traceable = False
+                return
+            rows = slice(None)
         # An image is noted once; asking a GPU whether all are would wait for it.
         if gradient.is_cuda or not bool(passes.witness[rows].all()):
             flat = gradient.flatten(1)
@@ -108,8 +109,7 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
         if isinstance(output, Tensor) and output.dim() > 0:
             passes.forwards += len(output)
             if network.rows is not None and len(output) == len(network.rows):
-                rows = network.rows.to(passes.paid.device)
-                passes.paid.index_add_(0, rows, torch.ones_like(rows, dtype=passes.paid.dtype))  # some twice
+                passes.paid[network.rows.to(passes.paid.device)] += 1  # one: an image twice in a batch only fills it up
             elif len(passes.paid):
                 passes.paid += len(output) / len(passes.paid)
 
