@@ -68,6 +68,7 @@ def _conditions(content: Content) -> str:
              "kornia", "lightly", "pytorch-metric-learning"]  # fmt: skip
     said = ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
     quick = ", quick" if settings.get("quick") else ""
+    quick += ", stopped before its end" if settings.get("stopped") else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, load before "
         f"{machine['load_before']}; {content['created'][:10]}{quick}; {said}."
