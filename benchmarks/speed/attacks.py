@@ -60,7 +60,7 @@ QUICK: dict[str, tuple[str, ...]] = {
 #: So many images at least, whatever the time: with fewer, what an evaluation costs before its first attack is all that
 #: would be measured; two chunks of 128 are one for each of two workers.
 LEAST = {"pgd-10": 256, "restarts-5": 128, "curve-8": 64, "cw": 64, "apgd-100": 64, "autoattack": 128}
-#: Square Attack with five restarts of 5,000 queries, whoever is fooled: a quarter of an hour for 16 images.
+#: Square Attack with five restarts of 5,000 queries, whoever is fooled: minutes on the small CNN already.
 TOO_SLOW = {("resnet18-w8 robust", "autoattack", "art")}
 _DEAR = 32  # images on a network whose times alone count, of the peers that no bar names
 _NAMED = ("torchattacks", "art", "pyautoattack")

@@ -67,11 +67,11 @@ def _conditions(content: Content) -> str:
     named = ["torch", "torchattacks", "adversarial-robustness-toolbox", "foolbox", "adv-lib", "pyautoattack",
              "kornia", "lightly", "pytorch-metric-learning"]  # fmt: skip
     said = ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
-    quick = ", quick" if settings.get("quick") else ""
-    quick += ", stopped before its end" if settings.get("stopped") else ""
+    how = ", quick" if settings.get("quick") else ""
+    how += ", stopped before its end" if settings.get("stopped") else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, load before "
-        f"{machine['load_before']}; {content['created'][:10]}{quick}; {said}."
+        f"{machine['load_before']}; {content['created'][:10]}{how}; {said}."
     )
 
 

@@ -177,13 +177,11 @@ def cluster(tmp_path_factory):
     if slurm_cluster.missing():
         pytest.skip(f"needs SLURM (Debian: slurmctld slurmd slurm-client munge); not found: {slurm_cluster.missing()}")
     pytest.importorskip("submitit", reason='needs pip install "scl-defense[slurm]"')
-    running = slurm_cluster.SlurmCluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        running.__enter__()
-    except RuntimeError as error:  # of the machine (no munge for this user, a name that does not resolve), not of ours
-        pytest.skip(str(error))
     with contextlib.ExitStack() as stack:
-        stack.push(running)
+        try:
+            running = stack.enter_context(slurm_cluster.SlurmCluster(tmp_path_factory.mktemp("slurm")))
+        except RuntimeError as error:  # of the machine (no munge for this user, an unknown host name), not of ours
+            pytest.skip(str(error))
         yield running
 
 
