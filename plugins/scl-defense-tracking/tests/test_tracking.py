@@ -1,6 +1,7 @@
 """The loggers against what the trackers themselves read back; skipped where a tracker is not installed."""
 
 import json
+import time
 import warnings
 
 import pytest
@@ -131,8 +132,10 @@ def records(path):
 
 def synced(run_dir):
     """What the offline files of a run hold, in the order in which they would be synced: (run, history lines)."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its service writes the end of a file after the run is finished, as late as when a process ends
     found, lines = [], []
     for path in sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb")):
         for data in records(path):
@@ -160,6 +163,8 @@ def test_wandb_holds_the_recipe_and_the_numbers(offline, tmp_path):
 
 def test_wandb_goes_on_in_the_same_run_and_has_every_epoch_once(offline, tmp_path):
     told(WandB(), tmp_path, 0, 3)
+    while any(time.strftime("%Y%m%d_%H%M%S") in path.name for path in (tmp_path / "wandb").iterdir()):
+        time.sleep(0.05)  # it names a folder by the second and the run: a later process has one of its own
     told(WandB(project="other"), tmp_path, 2, 5)
     runs, lines = synced(tmp_path)
     assert (
