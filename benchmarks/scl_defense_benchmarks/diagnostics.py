@@ -27,7 +27,7 @@ BY_CHANCE = 0.05  # of a paired test
 BEATEN_BY = 0.005  # half a percentage point: what a weaker attack may win by chance (Carlini et al. 2019)
 CONTROL_ONLY = 0.01  # share of images that only noise breaks
 DOUBTFUL, INVALID = 0.01, 0.10  # share of right images that an attack did not move
-ASKED = 16  # images that are passed again to see if the answer repeats
+REPEATED = 16  # images that are passed again to see if the answer is the same
 DIFFERENT = 1e-4  # between unit-length logits (auto-attack, checks.py)
 PROBABILITY = 1e-5  # the same source: how near to [0, 1] and to sum 1
 RECORDED = 0.02  # clean accuracy may differ by so much from the recorded one, beside 3 sigma
@@ -37,7 +37,7 @@ ONLY_BLACK_ONE_LOSS = (0.05, 0.10)  # where every white-box attack climbs the cr
 MINIMAL_ONLY = (0.05, 0.10)  # share that a minimal-norm attack breaks inside the ball, and no fixed-eps one
 LIBRARIES = 0.02  # between two libraries' shares, with a paired test
 AUTOATTACK_GAP = 0.10  # between the best PGD and AutoAttack
-ENOUGH, ASKED = 10, 200  # steps and queries below which an attack has only begun
+STEPS, QUERIES = 10, 200  # below which an attack has only begun
 SMALL_SAMPLE = 1000  # the 95 % interval of fewer images is wider than +-3.1 points
 FEWEST = 3  # images: a share of fewer is an anecdote
 
@@ -114,7 +114,7 @@ def _check_repeatable(network: "nn.Module", images: "Tensor", logits: "Tensor") 
         apart = (F.normalize(first, dim=1) - F.normalize(other, dim=1)).abs().amax()
         return bool(apart > DIFFERENT) or bool((decide(first) != decide(other)).any())
 
-    few = images[:ASKED]  # the same batch each time: what differs is drawn
+    few = images[:REPEATED]  # the same batch each time: what differs is drawn
     with torch.no_grad():
         first, *others = (check_logits(network(few), len(few)).float() for _ in range(4))
     if any(differ(first, other) for other in others):
@@ -426,13 +426,13 @@ def _missing(result: "EvaluationResult", valid: Sequence[str]) -> list[str]:
     rows = [row for row in result.attacks if row.label in valid]
     found = []
     blind = [row for row in rows if row.access in ("score", "decision") or row.name.rpartition(":")[2] == "autoattack"]
-    if not any(row.options.get("queries", ASKED) >= ASKED for row in blind):
+    if not any(row.options.get("queries", QUERIES) >= QUERIES for row in blind):
         found.append("no attack without gradients was run (add square)")
     white = [row for row in rows if row.access == "white-box"]
     if not white:
         found.append("no gradient attack was run (add pgd)")
-    elif all(row.name.rpartition(":")[2] == "fgsm" or row.options.get("steps", ENOUGH) < ENOUGH for row in white):
-        found.append(f"no gradient attack took {ENOUGH} steps or more (add pgd)")
+    elif all(row.name.rpartition(":")[2] == "fgsm" or row.options.get("steps", STEPS) < STEPS for row in white):
+        found.append(f"no gradient attack took {STEPS} steps or more (add pgd)")
     return found
 
 

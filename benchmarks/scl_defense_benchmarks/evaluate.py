@@ -17,9 +17,11 @@ from scl_defense.memory import Choice as Fit
 from scl_defense.runtime import derive_seed, ranks, repeatable, stream
 from scl_defense.threat import parse_eps
 from scl_defense_benchmarks import diagnostics
-from scl_defense_benchmarks.attempt import CHUNK, Attempt, Budget, Progress, Target, attempt, counted_in, worst_case
+from scl_defense_benchmarks.attempt import CHUNK, Progress, attempt
 from scl_defense_benchmarks.battery import Plan
 from scl_defense_benchmarks.catalogue import flagged
+from scl_defense_benchmarks.chunks import Budget, Target
+from scl_defense_benchmarks.counting import Attempt, counted_in, worst_case
 from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals

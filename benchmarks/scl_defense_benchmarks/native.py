@@ -24,6 +24,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+#: Of the largest logit: so far apart two logits can lie by rounding alone. bfloat16 keeps 8 bits of a number.
+ROUNDING = {"bf16": 2.0**-7}
 #: Losses to climb: (N, K) logits and (N,) labels -> (N,).
 LOSSES = {"ce": _cross_entropy, "margin": margin}
 
@@ -77,7 +79,10 @@ class PGD:
             if twin is not None:
                 twin.rows = rows
             logits, truth = classifier(adversarial), labels[rows]
-            return loss(logits, truth), logits.detach().argmax(1) != truth
+            wrong = logits.detach().argmax(1) != truth
+            if twin is not None and twin.precision != "fp32":  # wrong by its rounding alone is not wrong yet
+                wrong &= margin(logits.detach(), truth) > ROUNDING[twin.precision] * logits.detach().abs().amax(1)
+            return loss(logits, truth), wrong
 
         with frozen(classifier):
             found = ascend(

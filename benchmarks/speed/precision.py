@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scl_defense_benchmarks import attempt
+from scl_defense_benchmarks import chunks
 from scl_defense_benchmarks.battery import Plan
 from scl_defense_benchmarks.evaluate import evaluate
 from scl_defense_benchmarks.planning import plan_battery
@@ -126,12 +126,12 @@ def _line(name, seed, label, loaded, images, labels, classes, alone):
 
 @contextlib.contextmanager
 def _running(rounds):
-    original = attempt.rounds
-    attempt.rounds = lambda planned, choice, device: rounds
+    original = chunks.rounds
+    chunks.rounds = lambda planned, choice, device: rounds
     try:
         yield
     finally:
-        attempt.rounds = original
+        chunks.rounds = original
 
 
 def _so_far(out, fixed):

@@ -101,7 +101,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     made = Clock()
-    for module in ("evaluate", "attempt"):
+    for module in ("evaluate", "attempt", "chunks"):
         monkeypatch.setattr(f"scl_defense_benchmarks.{module}.time", made)
     return made
 

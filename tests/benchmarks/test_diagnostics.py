@@ -218,6 +218,18 @@ def test_black_images_are_flagged(network, digit_images):
     assert {"image-range", "clean-accuracy-at-chance"} <= {flag.id for flag in flags}
 
 
+def test_checks_of_the_network_pass_few_images(network, digit_images):
+    """Before its first attack an evaluation should cost little beside the clean pass: on a large network that shows."""
+    images, labels = (part.repeat(10, *(1,) * (part.dim() - 1)) for part in digit_images)
+    passed = []
+    with torch.no_grad():
+        logits = network(images)
+        hook = network.register_forward_hook(lambda module, given, output: passed.append(len(output)))
+        assert diagnostics.check_network(network, images, labels, logits) == []
+    hook.remove()
+    assert len(images) >= 1000 and 0 < sum(passed) <= 4 * 16 + 64
+
+
 # -- probes: what the zoo does not show
 
 

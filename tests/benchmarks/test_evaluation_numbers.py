@@ -6,7 +6,7 @@ from planted_attacks import HONEST, L2, LINF, Planted, run, shift
 from safetensors.torch import load_file
 from scl_defense_benchmarks import diagnostics
 from scl_defense_benchmarks import evaluate as module
-from scl_defense_benchmarks.attempt import Target
+from scl_defense_benchmarks.chunks import Target
 from scl_defense_benchmarks.native import PGD
 
 from scl_defense.threat import ThreatModel

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import sys
+import threading
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -206,6 +207,26 @@ def test_no_image_is_robust_because_of_bfloat16(monkeypatch, choice, again):
     assert row.broken == again and row.precision == ("bf16" if choice == "auto" else "bf16+fp32")
 
 
+class Slope(nn.Module):
+    """Logits 10 + (0, m) for the margin m, ten times how far the first pixel is above 0.5."""
+
+    def forward(self, images):
+        margin = 10 * (images[:, :1, 0, 0] - 0.5)
+        return 10 + torch.cat([torch.zeros_like(margin), margin], 1)
+
+
+@pytest.mark.parametrize(("precision", "passed"), [("fp32", 3), ("bf16", 4)])
+def test_an_image_that_is_wrong_by_rounding_alone_is_attacked_on(precision, passed):
+    """Margins 0.14, 0.04, -0.06, -0.16 beside logits of 10: bfloat16 could take the third for either sign."""
+    counted = []
+    made = twin.Twin(Slope(), precision)
+    made.register_forward_hook(lambda module, given, output: counted.append(len(output)))
+    images = torch.full((1, 1, 2, 2), 0.514)
+    PGD = native.PGD(steps=5, rel_step=0.2, random_start=False)
+    PGD(made, images, torch.ones(1, dtype=torch.long), ThreatModel("linf", "0.05"), torch.Generator())
+    assert sum(counted) == passed
+
+
 @pytest.mark.parametrize("attack", [native.PGD(steps=10), native.PGD(steps=5, loss="margin"), native.FGSM()])
 def test_two_passes_break_whatever_float32_breaks(network, digits, attack):
     images, labels = digits[0][1400:1500], digits[1][1400:1500]
@@ -245,6 +266,51 @@ def test_workers_reach_no_number(network, digits, host, monkeypatch):
     assert torch.get_num_threads() == before[0] and torch.equal(torch.random.get_rng_state(), before[1])
     with pytest.raises(UserError, match="workers is 0"):
         told(0)
+
+
+def test_a_free_worker_takes_the_next_chunk(network, digits, monkeypatch):
+    """One slow chunk holds up nobody: the others are done meanwhile, and come back in their order."""
+    monkeypatch.setattr("scl_defense_benchmarks.attempt.CHUNK", 10)
+    images, labels = digits[0][1400:1480], digits[1][1400:1480]
+    others_done, done, first = threading.Event(), [], threading.Event()
+
+    @dataclasses.dataclass(frozen=True)
+    class Waits(native.PGD):
+        def __call__(self, classifier, images, labels, threat, rng):
+            slow = not first.is_set()
+            first.set()
+            if slow:
+                assert others_done.wait(60)
+            made = super().__call__(classifier, images, labels, threat, rng)
+            done.append(len(done))
+            if len(done) == 3:
+                others_done.set()
+            return made
+
+    told = []
+    plan = Plan(LINF, (PlannedAttack("it", "it", Waits(steps=2), LINF),))
+    result = evaluate(network, images, labels, plan, seed=1, workers=2, progress=lambda *given: told.append(given[1]))
+    plain = Plan(LINF, (PlannedAttack("it", "it", native.PGD(steps=2), LINF),))
+    assert result.attacks[0].status == "ok" and told == sorted(told) and len(told) > 5
+    assert result.attacks[0].outcomes == evaluate(network, images, labels, plain, seed=1).attacks[0].outcomes
+
+
+def test_a_fault_ends_an_attack_at_the_same_chunk_whoever_works(network, digits, monkeypatch):
+    monkeypatch.setattr("scl_defense_benchmarks.attempt.CHUNK", 8)
+    images, labels = digits[0][1400:1480], digits[1][1400:1480]
+    chosen = images[30]
+
+    @dataclasses.dataclass(frozen=True)
+    class Breaks(native.PGD):
+        def __call__(self, classifier, images, labels, threat, rng):
+            if any(torch.equal(image, chosen) for image in images):
+                raise ValueError("this one")
+            return super().__call__(classifier, images, labels, threat, rng)
+
+    plan = Plan(LINF, (PlannedAttack("it", "it", Breaks(steps=2), LINF),))
+    rows = [evaluate(network, images, labels, plan, seed=1, workers=workers).attacks[0] for workers in (1, 3)]
+    assert rows[0].status == rows[1].status == "failed" and rows[0].note == rows[1].note == "ValueError: this one"
+    assert rows[0].outcomes == rows[1].outcomes and len(set(rows[0].outcomes)) > 2
 
 
 LIBRARY = (
@@ -308,7 +374,7 @@ def test_the_twin_is_checked_once_for_a_whole_battery(network, digits, host, mon
         made.append(twin_of(*given))
         return made[-1]
 
-    monkeypatch.setattr("scl_defense_benchmarks.attempt.twin_of", making)
+    monkeypatch.setattr("scl_defense_benchmarks.chunks.twin_of", making)
 
     @dataclasses.dataclass(frozen=True)
     class Spoils(native.PGD):
