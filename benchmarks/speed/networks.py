@@ -51,7 +51,7 @@ RECIPES = (
         {"eps": "4/255", "model_options": {"width": 8}, **_AT_NARROW},
     ),
     Recipe(
-        "resnet18-w64 robust", "cifar10-jpeg75", "resnet18", "4/255", "0.5", {"eps": "4/255", **_AT_WIDE}, False
+        "resnet18-w64 robust", "cifar10-jpeg75", "resnet18", "6/255", "0.5", {"eps": "4/255", **_AT_WIDE}, False
     ),
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ Linked as sbatch, srun, squeue, scancel and scontrol; ``IMITATION_SLURM`` is the
 While ``hold`` lies there, jobs stay pending; while ``refuse`` lies there, sbatch refuses with its text.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -88,7 +89,8 @@ def scancel(arguments):
         if found is not None and found["state"] in ("PENDING", "RUNNING"):
             write(number, state="CANCELLED")
             if "pid" in found:
-                os.killpg(found["pid"], signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.killpg(found["pid"], signal.SIGTERM)
 
 
 def scontrol(arguments):
