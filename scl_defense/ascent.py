@@ -79,7 +79,7 @@ def ascend(
         if left is None:
             adversarial = _step(cast(Objective, objective), images, adversarial, threat, length, images, rng)
             continue
-        rows, done = _filled_up(left), torch.zeros(len(left), dtype=torch.bool, device=images.device)
+        rows, done = filled_up(left), torch.zeros(len(left), dtype=torch.bool, device=images.device)
 
         def ask(points: Tensor, rows: Tensor = rows, done: Tensor = done) -> Tensor:
             values, verdict = cast(StoppingObjective, objective)(points, rows)
@@ -94,7 +94,7 @@ def ascend(
     return adversarial
 
 
-def _filled_up(left: Tensor) -> Tensor:
+def filled_up(left: Tensor) -> Tensor:
     """``left``, and behind it as many of its places again as make 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...."""
     block = max(1, 2 ** (len(left).bit_length() - 1) // SIZES)
     return torch.cat([left, left[: -len(left) % block]])

@@ -28,9 +28,8 @@ from scl_defense.errors import UserError
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import Limit, RandomStart, RelStep, Steps, Targets
-from scl_defense_benchmarks.forward import decide, logits_of
+from scl_defense_benchmarks.forward import decide, logits_of, margin
 from scl_defense_benchmarks.library_guard import library_call, without_logging_setup
-from scl_defense_benchmarks.native import margin
 from scl_defense_benchmarks.shims import (
     LibraryNetwork,
     Softened,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import component
-from scl_defense_benchmarks.fields import Queries, Steps, Targets
+from scl_defense_benchmarks.fields import EarlyStop, Queries, Steps, Targets
 from scl_defense_benchmarks.torchattacks_adapter import APGDCE, APGDDLR, APGDT, Square, class_count, fab, margin_apgd
+from scl_defense_benchmarks.twin import Twin
 from scl_defense_benchmarks.verdicts import judge
 
 Stage = Callable[[nn.Module, Tensor, Tensor, ThreatModel, torch.Generator], Tensor]
@@ -32,6 +33,7 @@ class AutoAttack:
     steps: Steps = 100
     targets: Targets = 9
     queries: Queries = 5000
+    early_stop: EarlyStop = True
 
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
     minimal: ClassVar[bool] = False
@@ -42,13 +44,13 @@ class AutoAttack:
 
     def stages(self, classes: int) -> dict[str, Stage]:
         """The stages for a network of so many classes, by name."""
-        second: dict[str, Stage] = {"apgd-t": APGDT(steps=self.steps, targets=self.targets)}
+        second: dict[str, Stage] = {"apgd-t": APGDT(steps=self.steps, targets=self.targets, early_stop=self.early_stop)}
         if classes == 3:
-            second = {"apgd-dlr": APGDDLR(steps=self.steps)}
+            second = {"apgd-dlr": APGDDLR(steps=self.steps, early_stop=self.early_stop)}
         elif classes < 3:
-            second = {"apgd-margin": partial(margin_apgd, steps=self.steps)}
+            second = {"apgd-margin": partial(margin_apgd, steps=self.steps, early_stop=self.early_stop)}
         return {
-            "apgd-ce": APGDCE(steps=self.steps),
+            "apgd-ce": APGDCE(steps=self.steps, early_stop=self.early_stop),
             **second,
             "fab-t": self._fab,
             "square": Square(queries=self.queries),
@@ -68,6 +70,8 @@ class AutoAttack:
         left = torch.arange(len(images), device=images.device)
         for name, stage in self.stages(class_count(classifier, images)).items():
             given, truth = images[left], labels[left]
+            if isinstance(classifier, Twin):
+                classifier.rows = left
             made = stage(classifier, given, truth, threat, rng)
             with frozen(classifier):
                 verdict = judge(classifier, given, truth, made, threat, minimal=False)
@@ -76,6 +80,8 @@ class AutoAttack:
             left = left[~verdict.fooled]
             if len(left) == 0:
                 break
+        if isinstance(classifier, Twin):
+            classifier.rows = None
         return best
 
     def _fab(

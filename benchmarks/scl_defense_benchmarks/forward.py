@@ -5,6 +5,10 @@ from torch import Tensor, nn
 
 from scl_defense.errors import UserError
 
+#: Of the largest logit: so far apart two logits can lie by rounding alone. bfloat16 keeps 8 bits of a number; float32
+#: 24, of which a network that is computed in another order loses some.
+ROUNDING = {"fp32": 2.0**-14, "bf16": 2.0**-7}
+
 # Every forward pass of a check has this many images: how many the attack had at a time must not reach the label.
 CHUNK = 64
 
@@ -37,3 +41,14 @@ def logits_of(network: nn.Module, images: Tensor) -> Tensor:
 def decide(logits: Tensor) -> Tensor:
     """The predicted label of each row, (N,); -1, which is no class, where a logit is NaN."""
     return torch.where(logits.isnan().any(1), -1, logits.nan_to_num().argmax(1))
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y per image, (N,): positive where the label is wrong (Carlini & Wagner 2017, f_6)."""
+    own = logits.gather(1, labels[:, None])
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own.squeeze(1)
+
+
+def clearly_wrong(logits: Tensor, labels: Tensor, precision: str = "fp32") -> Tensor:
+    """(N,): another logit is the largest, by more than rounding in ``precision`` can do (:data:`ROUNDING`)."""
+    return margin(logits, labels) > ROUNDING[precision] * logits.abs().amax(1)

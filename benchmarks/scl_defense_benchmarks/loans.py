@@ -97,7 +97,12 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
         # An image is noted once; asking a GPU whether all are would wait for it.
         if gradient.is_cuda or not bool(passes.witness[rows].all()):
             flat = gradient.flatten(1)
-            passes.witness[rows] |= flat.isfinite().all(1) & (flat != 0).any(1)
+            usable = flat.isfinite().all(1) & (flat != 0).any(1)
+            if isinstance(rows, slice):
+                passes.witness |= usable
+            else:  # an image twice in a batch may have its gradient at one place alone
+                seen = torch.zeros_like(passes.witness, dtype=torch.uint8)
+                passes.witness |= seen.scatter_reduce(0, rows, usable.to(torch.uint8), "amax").bool()
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         images = inputs[0] if inputs else None

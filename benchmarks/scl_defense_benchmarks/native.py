@@ -10,22 +10,15 @@ from scl_defense.ascent import ascend
 from scl_defense.guard import frozen
 from scl_defense.threat import ALL_NORMS, NORMS, ThreatModel
 from scl_defense.types import Field, component
-from scl_defense_benchmarks.fields import RandomStart, RelStep, Steps
+from scl_defense_benchmarks.fields import EarlyStop, RandomStart, RelStep, Steps
+from scl_defense_benchmarks.forward import clearly_wrong, margin
 from scl_defense_benchmarks.twin import Twin
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """max_{j != y} z_j - z_y per image, (N,): positive where the label is wrong (Carlini & Wagner 2017, f_6)."""
-    own = logits.gather(1, labels[:, None])
-    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own.squeeze(1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-#: Of the largest logit: so far apart two logits can lie by rounding alone. bfloat16 keeps 8 bits of a number.
-ROUNDING = {"bf16": 2.0**-7}
 #: Losses to climb: (N, K) logits and (N,) labels -> (N,).
 LOSSES = {"ce": _cross_entropy, "margin": margin}
 
@@ -59,7 +52,7 @@ class PGD:
     rel_step: RelStep = 0.25
     random_start: RandomStart = True
     loss: Annotated[Literal["ce", "margin"], Field(description="loss to be maximised")] = "ce"
-    early_stop: Annotated[bool, Field(description="a fooled image stays where it is, and costs no more")] = True
+    early_stop: EarlyStop = True
 
     norms: ClassVar[frozenset[str]] = frozenset(NORMS)
     minimal: ClassVar[bool] = False
@@ -81,7 +74,7 @@ class PGD:
             logits, truth = classifier(adversarial), labels[rows]
             wrong = logits.detach().argmax(1) != truth
             if twin is not None and twin.precision != "fp32":  # wrong by its rounding alone is not wrong yet
-                wrong &= margin(logits.detach(), truth) > ROUNDING[twin.precision] * logits.detach().abs().amax(1)
+                wrong &= clearly_wrong(logits.detach(), truth, twin.precision)
             return loss(logits, truth), wrong
 
         with frozen(classifier):

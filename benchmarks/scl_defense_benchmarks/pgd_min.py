@@ -12,7 +12,8 @@ from scl_defense.guard import frozen
 from scl_defense.threat import NORMS, ThreatModel, parse_eps
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import RandomStart, RelStep, Restarts, Steps
-from scl_defense_benchmarks.native import LOSSES, margin
+from scl_defense_benchmarks.forward import margin
+from scl_defense_benchmarks.native import LOSSES
 from scl_defense_benchmarks.twin import Twin
 
 POINTS = 8  # radii between 0 and the ball's, where none are named

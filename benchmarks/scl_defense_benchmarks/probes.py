@@ -17,8 +17,8 @@ from scl_defense.ascent import Start, ascend
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel, parse_eps
 from scl_defense_benchmarks.catalogue import Flag, Severity, flagged, graded, one_sided
-from scl_defense_benchmarks.forward import check_logits, decide, logits_of
-from scl_defense_benchmarks.native import Noise, margin
+from scl_defense_benchmarks.forward import check_logits, decide, logits_of, margin
+from scl_defense_benchmarks.native import Noise
 from scl_defense_benchmarks.planted import plant
 
 Depth = Literal["quick", "deep", "none"]

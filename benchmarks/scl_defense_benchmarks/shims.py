@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scl_defense.ascent import filled_up
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
-from scl_defense_benchmarks.forward import check_logits, decide, logits_of
+from scl_defense_benchmarks.forward import check_logits, clearly_wrong, decide, logits_of
+from scl_defense_benchmarks.twin import Twin
 
 WALL = 1e-2
 BOX = ThreatModel("linf", "1")  # its ball holds the whole box, so its projection is the box's
@@ -83,6 +86,55 @@ class UnitGradient(LibraryNetwork):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(_UnitGradient.apply(images.float(), self._saw))
+
+
+class StopsWhereWrong(UnitGradient):
+    """For attacks that keep a wrong iterate, as Auto-PGD does: an image that was wrong once is passed no more.
+
+    In its place stand logits that are right and have no gradient, so that what the attack has kept of it stays. What is
+    left is filled up as in :func:`scl_defense.ascent.ascend`. Wrong by rounding alone is not wrong yet.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        super().__init__(network, device)
+        self.around = network.rows if isinstance(network, Twin) else None
+        self.labels: Tensor | None = None
+        self.classes = 0
+
+    def stop(self, labels: Tensor | None, places: Tensor) -> None:
+        """Of the next batches: their labels (``None``: nothing is left out), and their places in the attack's call."""
+        self.watch(len(places))
+        self.labels, self.wrong = labels, torch.zeros_like(places, dtype=torch.bool)
+        self.places = places if self.around is None else self.around[places]
+
+    def release(self) -> None:
+        """Whoever passes the network next passes all that it says."""
+        self.labels = None
+        self._tell(self.around)
+
+    def _tell(self, rows: Tensor | None) -> None:
+        if isinstance(self.network, Twin):
+            self.network.rows = rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.labels is None:
+            return super().forward(images)
+        left = (~self.wrong).nonzero().squeeze(1)
+        right = F.one_hot(self.labels, max(self.classes, 1)).float() if len(left) < len(images) else None
+        if right is not None and len(left) == 0:
+            return right + 0 * images.flatten(1).sum(1, keepdim=True)  # whoever asks for a gradient gets zeros
+        rows = filled_up(left)
+
+        def saw(usable: Tensor) -> None:
+            self.seen[left] |= usable[: len(left)]
+
+        self._tell(self.places[rows])
+        points = images if right is None and len(rows) == len(images) else images[rows]
+        logits = LibraryNetwork.forward(self, _UnitGradient.apply(points.float(), saw))[: len(left)]
+        self.classes = logits.shape[1]
+        precision = getattr(self.network, "precision", "fp32")
+        self.wrong[left] |= clearly_wrong(logits.detach(), self.labels[left], precision)
+        return logits if right is None else right.index_copy(0, left, logits)
 
 
 class UnitSpread(LibraryNetwork):

@@ -33,7 +33,7 @@ from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
-from scl_defense_benchmarks.fields import Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
+from scl_defense_benchmarks.fields import EarlyStop, Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
 from scl_defense_benchmarks.forward import logits_of
 from scl_defense_benchmarks.library_guard import library_call
 from scl_defense_benchmarks.shims import (
@@ -41,6 +41,7 @@ from scl_defense_benchmarks.shims import (
     OwnLogits,
     PositiveLogits,
     SoftLogits,
+    StopsWhereWrong,
     UnitGradient,
     UnitSpread,
     finite_or,
@@ -417,6 +418,7 @@ class APGDCE:
 
     steps: Steps = 100
     restarts: Restarts = 1
+    early_stop: EarlyStop = True
 
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
     minimal: ClassVar[bool] = False
@@ -430,7 +432,7 @@ class APGDCE:
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
         settings = {"loss": "ce", "steps": self.steps, "restarts": self.restarts}
-        return _apgd(classifier, images, labels, threat, rng, **settings)
+        return _apgd(classifier, images, labels, threat, rng, early_stop=self.early_stop, **settings)
 
 
 @component
@@ -468,6 +470,7 @@ class APGDDLR:
 
     steps: Steps = 100
     restarts: Restarts = 1
+    early_stop: EarlyStop = True
 
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
     minimal: ClassVar[bool] = False
@@ -483,7 +486,7 @@ class APGDDLR:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
         check_classes(self, "apgd-dlr", classifier, images)
         settings = {"loss": "dlr", "steps": self.steps, "restarts": self.restarts}
-        return _apgd(classifier, images, labels, threat, rng, **settings)
+        return _apgd(classifier, images, labels, threat, rng, early_stop=self.early_stop, **settings)
 
 
 @component
@@ -496,6 +499,7 @@ class APGDT:
 
     steps: Steps = 100
     targets: Targets = 9
+    early_stop: EarlyStop = True
 
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
     minimal: ClassVar[bool] = False
@@ -511,7 +515,7 @@ class APGDT:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
         check_classes(self, "apgd-t", classifier, images)
         settings = {"loss": "dlr", "steps": self.steps, "targets": self.targets}
-        return _apgd(classifier, images, labels, threat, rng, **settings)
+        return _apgd(classifier, images, labels, threat, rng, early_stop=self.early_stop, **settings)
 
 
 def class_count(classifier: nn.Module, images: Tensor) -> int:
@@ -536,9 +540,10 @@ def margin_apgd(
     rng: torch.Generator,
     *,
     steps: int,
+    early_stop: bool = True,
 ) -> Tensor:
     """Auto-PGD on the plain margin: what is left of the DLR loss with two classes."""
-    return _apgd(classifier, images, labels, threat, rng, loss="margin", steps=steps)
+    return _apgd(classifier, images, labels, threat, rng, loss="margin", steps=steps, early_stop=early_stop)
 
 
 def _apgd(
@@ -553,8 +558,9 @@ def _apgd(
     restarts: int = 1,
     targets: int = 0,
     draws: int = 1,
+    early_stop: bool = False,
 ) -> Tensor:
-    """targets: 0 for the untargeted loss. draws: gradients averaged a step.
+    """targets: 0 for the untargeted loss. draws: gradients averaged a step. early_stop: see :class:`StopsWhereWrong`.
 
     Returns a wrong iterate in the ball, else that of the highest loss.
     """
@@ -571,9 +577,10 @@ def _apgd(
             eot_iter=draws,
         )
         attack.restarts, attack.target_count, attack.scaled = restarts, targets, loss != "margin"
+        attack.early_stop = early_stop
         return attack
 
-    return _call(build, classifier, images, labels, rng)
+    return _call(build, classifier, images, labels, rng, shim=StopsWhereWrong)
 
 
 class _APGD(torchattacks.APGD):
@@ -583,7 +590,7 @@ class _APGD(torchattacks.APGD):
     it is APGD with that loss.
     """
 
-    restarts, target_count, scaled = 1, 0, True
+    restarts, target_count, scaled, early_stop = 1, 0, True, False
     targets: Tensor | None = None
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -598,8 +605,11 @@ class _APGD(torchattacks.APGD):
             if len(left) == 0:
                 break
             self.targets = None if rank is None else order[left, -rank]
-            self.model.watch(len(left))
-            climbed, right, loss, wrong = self.attack_single_run(images[left], labels[left])
+            self.model.stop(labels[left] if self.early_stop else None, left)
+            try:
+                climbed, right, loss, wrong = self.attack_single_run(images[left], labels[left])
+            finally:
+                self.model.release()
             broken = ~right.bool()
             # Without a usable gradient an iterate is a random start: no attempt, and it must not look like one.
             higher = broken | (self.model.seen & (loss > highest[left]))

@@ -12,8 +12,7 @@ from scl_defense.errors import UserError
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import RelStep, Steps
-from scl_defense_benchmarks.forward import logits_of
-from scl_defense_benchmarks.native import margin
+from scl_defense_benchmarks.forward import logits_of, margin
 from scl_defense_benchmarks.torchattacks_adapter import can_transfer, class_count, transferable
 
 if TYPE_CHECKING:

@@ -1,15 +1,19 @@
 """The attacks of the standard battery: they reach known optima, fail honestly, and the library's faults are gone."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
 from planted_attacks import run
-from scl_defense_benchmarks import native
+from scl_defense_benchmarks import loans, native
 from scl_defense_benchmarks import torchattacks_adapter as adapter
 from scl_defense_benchmarks.autoattack import AutoAttack
+from scl_defense_benchmarks.loans import Passes
 from scl_defense_benchmarks.results import ROBUST, UNMOVED
 from scl_defense_benchmarks.torchattacks_adapter import APGDCE, APGDDLR, APGDT, FAB, MIFGSM, DeepFool, Square
+from scl_defense_benchmarks.twin import Twin
 from torch import nn
 from victim_networks import Linear, accuracy
 
@@ -128,16 +132,44 @@ def test_mifgsm_is_the_sign_step_of_a_linear_network(rng):
     ],
     ids=["ce", "dlr", "t"],
 )
-def test_linf_apgd_is_that_of_the_library_where_it_succeeds(network, victims, rng, ours, theirs):
+@pytest.mark.parametrize("early", [False, True], ids=["whole", "early"])
+def test_linf_apgd_is_that_of_the_library_where_it_succeeds(network, victims, rng, ours, theirs, early):
+    """And with an early stop it breaks the same images in fewer passes; a failure is the same best iterate."""
     images, labels = victims
-    made = ours(network, images, labels, ThreatModel("linf", "0.12"), rng(4))
+    threat, passed = ThreatModel("linf", "0.12"), []
+    hook = network.register_forward_hook(lambda module, given, output: passed.append(len(output)))
+    made = dataclasses.replace(ours, early_stop=early)(network, images, labels, threat, rng(4))
+    hook.remove()
+    whole = dataclasses.replace(ours, early_stop=False)(network, images, labels, threat, rng(4))
     seed = int(torch.randint(2**62, (), generator=rng(4)))
     with torch.random.fork_rng():
         reference = raw(theirs, network, images, labels, norm="Linf", eps=0.12, steps=20, seed=seed)
     found = predicted(network, reference) != labels
-    assert 5 < found.sum() < len(labels)
+    assert 5 < found.sum() < len(labels) and threat.contains(images, made).all()
     assert torch.equal(predicted(network, made) != labels, found)
-    torch.testing.assert_close(made[found], reference[found], atol=1e-6, rtol=0)
+    kept = ~found if early else found
+    torch.testing.assert_close(made[kept], (whole if early else reference)[kept], atol=1e-6, rtol=0)
+    without = 20 * len(labels) * getattr(ours, "targets", 1)
+    assert sum(passed) < 0.8 * without if early else sum(passed) > 20 * len(labels)
+
+
+def test_an_early_stop_of_apgd_passes_each_image_until_it_falls():
+    """A straight slope, whose first step reaches the ball's edge: an image falls with it or never."""
+    network = Linear(torch.tensor([[0.0, 0, 0, 0], [20.0, 0, 0, 0]]), torch.tensor([10.0, 0.0]))
+    images, labels = torch.full((6, 1, 2, 2), 0.5), torch.ones(6, dtype=torch.long)
+    images[:, 0, 0, 0] = torch.tensor([0.51, 0.52, 0.53, 0.54, 0.9, 0.95])
+    made = Twin(network)
+    passes = Passes()
+    passes.witness, passes.paid = torch.zeros(6, dtype=torch.bool), torch.zeros(6, dtype=torch.float64)
+    handles = loans._watch_passes(made, passes)
+    with frozen(made), torch.enable_grad():
+        found = APGDCE(steps=20)(made, images, labels, ThreatModel("linf", "0.1"), torch.Generator().manual_seed(0))
+    for handle in handles:
+        handle.remove()
+    assert (predicted(network, found) != labels).tolist() == [True] * 4 + [False] * 2
+    paid = passes.paid.tolist()  # its first logits, the start, and every step
+    assert all(count <= 3 for count in paid[:4]) and paid[4:] == [22, 22]
+    assert passes.witness.all() and passes.traceable and made.rows is None
 
 
 # -- the library's faults, and that they are gone
