@@ -207,7 +207,9 @@ def attack_chunk(
         where = tally.fooled.nonzero().squeeze(1)
         with _seeded(derive_seed(seed, "judge rounded", chunk), alone):
             eight_bit = best[where.to(device)].mul(255).round().div(255)
-            tally.rounded[where] = (decide(logits_of(target.network, eight_bit)) != labels[where.to(device)]).cpu()
+            tally.rounded[where] = (
+                decide(logits_of(target.network, eight_bit, multiple=8)) != labels[where.to(device)]
+            ).cpu()
     tally.changed_weights = loan.changed()
     return record_of(tally, places, passes), best
 

@@ -29,12 +29,17 @@ def check_logits(output: object, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Float32 logits (N, K) of ``images`` (N, C, H, W), in chunks of one size: the last one is filled up."""
+def logits_of(network: nn.Module, images: Tensor, multiple: int = CHUNK) -> Tensor:
+    """Float32 logits (N, K) of ``images`` (N, C, H, W), in chunks of one size: the last one is filled up.
+
+    multiple: what decides no verdict, and is always asked of the same images together, may do with a smaller last
+    chunk: filled up to a multiple of that.
+    """
     found = []
     for chunk in images.split(CHUNK):
-        filler = images[:1].expand(CHUNK - len(chunk), *images.shape[1:])
-        found.append(check_logits(network(torch.cat([chunk, filler])), CHUNK)[: len(chunk)].float())
+        size = len(chunk) + -len(chunk) % multiple
+        filler = images[:1].expand(size - len(chunk), *images.shape[1:])
+        found.append(check_logits(network(torch.cat([chunk, filler])), size)[: len(chunk)].float())
     return torch.cat(found)
 
 

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from scl_defense_benchmarks.attempt import CHUNK
 from scl_defense_benchmarks.results import BROKEN
 from scl_defense_benchmarks.statistics import paired_by_image
 from scl_defense_benchmarks.verdicts import judge
@@ -65,7 +66,7 @@ TOO_SLOW = {("resnet18-w8 robust", "autoattack", "art")}
 _DEAR = 32  # images on a network whose times alone count, of the peers that no bar names
 _NAMED = ("torchattacks", "art", "pyautoattack")
 _FLOOR_STEPS = 3
-_EVEN = 256  # chunks of 128, as many for one worker as for the other
+_EVEN = 2 * CHUNK  # as much for one worker as for the other
 
 
 @dataclass
@@ -116,7 +117,7 @@ def measure(
         per_image = units[one.name]["loop fp32"]["both"] * _WEIGHT[task.name]
         least = max(options.least, options.fewest.get(task.name, 0))
         n = images_for(share / options.repeats, per_image, least=least, most=options.most)
-        n -= n % _EVEN if n > _EVEN else 0
+        n = max(n - n % _EVEN, _EVEN) if n > CHUNK else n
         say(f"{one.name}: {task.name}, {min(n, len(one.images))} images")
         rows += _group(one, task, n, share, options, units[one.name])
         keep(rows)
