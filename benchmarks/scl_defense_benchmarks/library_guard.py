@@ -11,10 +11,11 @@ import io
 import logging
 import logging.config
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -49,9 +50,43 @@ def library_call(*modules: nn.Module, rng: torch.Generator) -> Iterator[None]:
 
 @contextmanager
 def side_by_side() -> Iterator[None]:
-    """Around threads that call libraries at the same time: what all of them share is lent and taken back once."""
-    with global_random_state(), _silence(), _logging_kept():
+    """Around threads that call libraries at the same time: what all of them share is lent and taken back once.
+
+    What a :func:`worker` prints goes nowhere; the thread that waits for them may print, its progress for one.
+    """
+    with (
+        global_random_state(),
+        redirect_stdout(_NotOfWorkers(sys.stdout)),
+        redirect_stderr(_NotOfWorkers(sys.stderr)),
+        _logging_kept(),
+    ):
         yield
+
+
+class _NotOfWorkers(io.TextIOBase):
+    """A stream that takes what other threads than workers write to it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return len(text) if getattr(_here, "beside", False) else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 @contextmanager

@@ -51,7 +51,8 @@ MODELS = [("small-cnn", {}, True), ("resnet18", {"width": 4}, True), ("preact-re
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 def test_it_is_the_same_function_with_the_same_gradient(name, options, foldable, shape):
     network, images = grown(default_host()["model"].get(name)(**options)(shape), shape)
-    network, images = network.double(), images.double()  # in float32 a ReLU whose input is zero but for rounding may flip
+    # In float32 a ReLU whose input is zero but for rounding may flip.
+    network, images = network.double(), images.double()
     made = twin_of(network, images)
     assert norms(network) > 0 and (norms(made) == 0 if foldable else 0 < norms(made) < norms(network))
     found = []
@@ -293,6 +294,31 @@ def test_a_free_worker_takes_the_next_chunk(network, digits, monkeypatch):
     plain = Plan(LINF, (PlannedAttack("it", "it", native.PGD(steps=2), LINF),))
     assert result.attacks[0].status == "ok" and told == sorted(told) and len(told) > 5
     assert result.attacks[0].outcomes == evaluate(network, images, labels, plain, seed=1).attacks[0].outcomes
+
+
+def test_workers_print_nothing_and_who_waits_for_them_may(network, digits, monkeypatch, capsys):
+    monkeypatch.setattr("scl_defense_benchmarks.attempt.CHUNK", 8)
+    images, labels = digits[0][1400:1440], digits[1][1400:1440]
+
+    beside = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Chatty(native.PGD):
+        def __call__(self, *given):
+            if threading.current_thread() is not threading.main_thread():
+                beside.append(print("chatter") or print("chatter", file=sys.stderr))
+            return super().__call__(*given)
+
+    def progress(label, done, total):
+        print(f"{done} done")
+        print(f"{done} done", file=sys.stderr, flush=True)
+
+    plan = Plan(LINF, (PlannedAttack("it", "it", Chatty(steps=2), LINF),))
+    evaluate(network, images, labels, plan, seed=1, workers=2, progress=progress)
+    said = capsys.readouterr()
+    done = said.out.split("\n")
+    assert beside and said.out == said.err and "chatter" not in said.out
+    assert done[0] == "0 done" and len(done) > 4
 
 
 def test_a_fault_ends_an_attack_at_the_same_chunk_whoever_works(network, digits, monkeypatch):
