@@ -76,6 +76,7 @@ def test_the_same_seed_gives_the_same_weights_bit_by_bit(run, tmp_path):
 
 # -- broken on purpose
 
+
 def still(self, gradient, adversarial):
     return torch.zeros_like(gradient)
 

@@ -145,8 +145,9 @@ TABLE = [
         ("benchmark {ck} --out {recipe}", "is no benchmark result; it is kept"),
         ("train --plugin {recipe}", "must end in .py"),
     ),
-    *rows("empty data", (f"{TRAIN} {{empty}}", "there is no image in it"),
-          ("benchmark {ck} --data {empty}", "no image")),
+    *rows(
+        "empty data", (f"{TRAIN} {{empty}}", "there is no image in it"), ("benchmark {ck} --data {empty}", "no image")
+    ),
     *rows("one class", (f"{TRAIN} {{one_class}}", "at least 2 classes are needed")),
     *rows(
         "labels outside the classes",

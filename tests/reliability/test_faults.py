@@ -132,8 +132,7 @@ def test_every_writer_on_a_full_disk_is_one_line_and_leaves_nothing(small_disk, 
         [*attack, "--out", str(small_disk / "r.json")],
         [*attack, "--out", str(best.parent / "r.json"), "--per-image", str(small_disk / "i.csv")],
         [*attack, "--out", str(best.parent / "r.json"), "--save-examples", str(small_disk / "x.safetensors")],
-        ["generate", "--generator", "corner-noise",
-         "--limit", "64", "--out", str(small_disk / "x.safetensors")],
+        ["generate", "--generator", "corner-noise", "--limit", "64", "--out", str(small_disk / "x.safetensors")],
     ):
         book("faults injected: disk")
         assert run([*line, *([] if "--quiet" in line else ["--quiet"])]) == 2, line

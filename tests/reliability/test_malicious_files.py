@@ -191,7 +191,7 @@ def npy(header, payload=b""):
 
 @pytest.mark.parametrize(
     ("shape", "says"),
-    [("(1000000000000, 8, 8, 1)", "claims"), ("(4, 8, 8, 1)", "claims"), ("(-1, 8, 8)", "not a readable")]
+    [("(1000000000000, 8, 8, 1)", "claims"), ("(4, 8, 8, 1)", "claims"), ("(-1, 8, 8)", "not a readable")],
 )
 def test_an_absurd_shape_in_an_npz_is_refused_before_room_is_made(shape, says, tmp_path, book):
     absurd = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}", bytes(64))

@@ -30,7 +30,7 @@ def library():
     return pytest.importorskip("adv_lib.attacks", reason="adv-lib is not installed")
 
 
-@pytest.mark.parametrize("name", [name for name in FOUND if name != 'sigma-zero'])
+@pytest.mark.parametrize("name", [name for name in FOUND if name != "sigma-zero"])
 def test_it_keeps_the_contract(name, library):
     results = check_attack(attack(name), f"advlib:{name}")
     failed = {result.check: result.message for result in results if not result.passed}
