@@ -28,7 +28,7 @@ BEATEN_BY = 0.005  # half a percentage point: what a weaker attack may win by ch
 CONTROL_ONLY = 0.01  # share of images that only noise breaks
 DOUBTFUL, INVALID = 0.01, 0.10  # share of right images that an attack did not move
 REPEATED = 16  # images that are passed again to see if the answer is the same
-DIFFERENT = 1e-4  # between unit-length logits (auto-attack, checks.py)
+DIFFERENT = 1e-4  # between unit-length logits (auto-attack, checks.py), or of the largest logit
 PROBABILITY = 1e-5  # the same source: how near to [0, 1] and to sum 1
 RECORDED = 0.02  # clean accuracy may differ by so much from the recorded one, beside 3 sigma
 DARK = 0.05  # images that never get brighter were divided by 255 twice
@@ -111,8 +111,10 @@ def _check_repeatable(network: "nn.Module", images: "Tensor", logits: "Tensor") 
     from scl_defense_benchmarks.forward import CHUNK, check_logits, decide, logits_of
 
     def differ(first: "Tensor", other: "Tensor") -> bool:
-        apart = (F.normalize(first, dim=1) - F.normalize(other, dim=1)).abs().amax()
-        return bool(apart > DIFFERENT) or bool((decide(first) != decide(other)).any())
+        # In their directions, or (of two logits that are each other's negative, say) in their lengths alone.
+        turned = (F.normalize(first, dim=1) - F.normalize(other, dim=1)).abs().amax()
+        apart = (first - other).abs().amax() / first.abs().amax().clamp(min=torch.finfo(first.dtype).tiny)
+        return bool(max(turned, apart) > DIFFERENT) or bool((decide(first) != decide(other)).any())
 
     few = images[:REPEATED]  # the same batch each time: what differs is drawn
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The smallest radius at which PGD breaks an image: a whole curve of accuracy against eps from one search."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from scl_defense.ascent import filled_up
 from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import NORMS, ThreatModel, parse_eps
@@ -68,6 +70,7 @@ class PGDMin:
     library: ClassVar[str] = "native"
     family: ClassVar[str] = "pgd-min"
     parallel: ClassVar[bool] = True
+    measures_exactly: ClassVar[bool] = True  # in bfloat16 it takes gradients alone
 
     def __call__(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
@@ -107,6 +110,7 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.best = self.images.clone()
+        self.rough = isinstance(self.classifier, Twin) and self.classifier.precision != "fp32"
         self.found, self.failed = torch.full_like(self.labels, len(self.balls)), self.best
         self.radii = torch.tensor([ball.radius for ball in self.balls], dtype=torch.float64, device=self.images.device)
 
@@ -130,8 +134,8 @@ class _Search:
                 broken[rows] = self._fools(points[rows], rows)
                 active = active & (~last | broken)
             if len(going):
-                gradient, broken[going] = self._gradient(points[going], going)
-                slopes[going] = gradient
+                slopes[going], seems = self._gradient(points[going], going)
+                broken[going[seems]] = self._fools(points[going[seems]], going[seems]) if self.rough else True
                 on = going[~broken[going]]
                 points[on] = self._step(points[on], slopes[on], on, seed + turn)
                 made[on] += 1
@@ -199,7 +203,7 @@ class _Search:
         return self._within(points + length * direction, rows, radii)
 
     def _gradient(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the loss at ``points``, and which of them fool."""
+        """Of the loss at ``points``, in the twin's precision; and which of them fool as far as that can tell."""
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._ask(points, rows)
@@ -208,12 +212,18 @@ class _Search:
 
     @torch.no_grad()
     def _fools(self, points: Tensor, rows: Tensor) -> Tensor:
-        return self._wrong(self._ask(points, rows), rows)
+        """In float32, whatever gradients are in: a distance is no place for rounding."""
+        if not len(rows):
+            return torch.zeros_like(rows, dtype=torch.bool)
+        with self.classifier.exactly() if isinstance(self.classifier, Twin) else nullcontext():
+            return self._wrong(self._ask(points, rows), rows)
 
     def _wrong(self, logits: Tensor, rows: Tensor) -> Tensor:
         return margin(logits, self.labels[rows]) > _SLACK * logits.abs().amax(1)
 
     def _ask(self, points: Tensor, rows: Tensor) -> Tensor:
+        """Logits of ``points``, passed in one of few sizes (see :func:`scl_defense.ascent.filled_up`)."""
+        passed = filled_up(torch.arange(len(rows), device=rows.device))
         if isinstance(self.classifier, Twin):
-            self.classifier.rows = rows
-        return self.classifier(points)
+            self.classifier.rows = rows[passed]
+        return self.classifier(points[passed])[: len(rows)]

@@ -88,11 +88,16 @@ class UnitGradient(LibraryNetwork):
         return super().forward(_UnitGradient.apply(images.float(), self._saw))
 
 
+class AllWrong(Exception):
+    """Every image of the call has been wrong: there is nothing left to pass, and the library's loop may end."""
+
+
 class StopsWhereWrong(UnitGradient):
     """For attacks that keep a wrong iterate, as Auto-PGD does: an image that was wrong once is passed no more.
 
     In its place stand logits that are right and have no gradient, so that what the attack has kept of it stays. What is
-    left is filled up as in :func:`scl_defense.ascent.ascend`. Wrong by rounding alone is not wrong yet.
+    left is filled up as in :func:`scl_defense.ascent.ascend`. Wrong by rounding alone is not wrong yet. Where all are
+    wrong, the next pass raises :class:`AllWrong`; ``kept`` (N, C, H, W) has what each was wrong as.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
@@ -105,6 +110,7 @@ class StopsWhereWrong(UnitGradient):
         """Of the next batches: their labels (``None``: nothing is left out), and their places in the attack's call."""
         self.watch(len(places))
         self.labels, self.wrong = labels, torch.zeros_like(places, dtype=torch.bool)
+        self.kept: Tensor | None = None
         self.places = places if self.around is None else self.around[places]
 
     def release(self) -> None:
@@ -120,9 +126,9 @@ class StopsWhereWrong(UnitGradient):
         if self.labels is None:
             return super().forward(images)
         left = (~self.wrong).nonzero().squeeze(1)
+        if len(left) == 0:
+            raise AllWrong
         right = F.one_hot(self.labels, max(self.classes, 1)).float() if len(left) < len(images) else None
-        if right is not None and len(left) == 0:
-            return right + 0 * images.flatten(1).sum(1, keepdim=True)  # whoever asks for a gradient gets zeros
         rows = filled_up(left)
 
         def saw(usable: Tensor) -> None:
@@ -133,7 +139,11 @@ class StopsWhereWrong(UnitGradient):
         logits = LibraryNetwork.forward(self, _UnitGradient.apply(points.float(), saw))[: len(left)]
         self.classes = logits.shape[1]
         precision = getattr(self.network, "precision", "fp32")
-        self.wrong[left] |= clearly_wrong(logits.detach(), self.labels[left], precision)
+        new = clearly_wrong(logits.detach(), self.labels[left], precision)
+        if self.kept is None:
+            self.kept = images.detach().clone()
+        self.kept[left[new]] = images.detach()[left[new]]
+        self.wrong[left] |= new
         return logits if right is None else right.index_copy(0, left, logits)
 
 

@@ -5,6 +5,8 @@ float32, on the original network.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -23,7 +25,7 @@ CHECKED = 16
 #: Families of attacks that, in bfloat16 and once more in float32 where the network did not follow its twin, were
 #: measured to find within 0.2 points of what float32 finds (benchmarks/results/precision-mnist). Of all others, which
 #: lose up to 1.2 points in bfloat16, nothing is run in it unless it is asked for.
-BF16_ENOUGH: frozenset[str] = frozenset({"pgd", "fgsm"})
+BF16_ENOUGH: frozenset[str] = frozenset({"pgd", "pgd-min", "fgsm"})
 
 
 class Twin(nn.Module):
@@ -56,22 +58,32 @@ class Twin(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16):
             return self.network(images).float()
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, whatever passes through this twin does so in float32: for an attack that asks if its example fools."""
+        before, self.precision = self.precision, "fp32"
+        try:
+            yield
+        finally:
+            self.precision = before
+
 
 def rounds(planned: PlannedAttack, choice: Choice, device: torch.device) -> list[tuple[Precision, int, bool]]:
     """What is run on an image until it is broken: (precision, restart, only where the twin alone was fooled).
 
-    Only white-box attacks inside a ball are ever run in bfloat16: the others do without a backward pass, or measure
-    distances. ``bf16``: every start once more in float32 on what has survived. ``auto``: bfloat16 where this machine is
-    faster with it and the family is in :data:`BF16_ENOUGH`, then float32 where the bfloat16 twin was fooled and the
-    network was not; float32 alone for every other attack, which costs less than both passes.
+    Only white-box attacks inside a ball are ever run in bfloat16, and those that measure distances in float32 by
+    themselves (``measures_exactly``): the others do without a backward pass, or would measure them wrongly. ``bf16``:
+    every start once more in float32 on what has survived. ``auto``: bfloat16 where this machine is faster with it and
+    the family is in :data:`BF16_ENOUGH`, then float32 where the bfloat16 twin was fooled and the network was not;
+    float32 alone for every other attack, which costs less than both passes.
     """
     attack = planned.attack
     starts = range(getattr(planned, "restarts", 1))
-    fixed = attack.access == "white-box" and not attack.minimal
+    able = attack.access == "white-box" and (not attack.minimal or getattr(attack, "measures_exactly", False))
     family = str(getattr(attack, "family", ""))
-    if fixed and choice == "bf16":
+    if able and choice == "bf16":
         return [("bf16", start, False) for start in starts] + [("fp32", start, False) for start in starts]
-    if fixed and choice == "auto" and family in BF16_ENOUGH and bf16_pays(device):
+    if able and choice == "auto" and family in BF16_ENOUGH and bf16_pays(device):
         return [("bf16", start, False) for start in starts] + [("fp32", start, True) for start in starts]
     return [("fp32", start, False) for start in starts]
 

@@ -428,7 +428,7 @@ def test_a_network_that_draws_is_attacked_by_one_worker_and_never_stopped_early(
         def forward(self, images):
             return super().forward(images + 0.05 * torch.randn_like(images))
 
-    images = torch.rand(32, 1, 2, 2)
+    images = torch.rand(32, 1, 2, 2, generator=torch.Generator().manual_seed(5))
     labels = (images[:, 0, 0, 0] > 0.5).long()
     attack = native.PGD(steps=4)
     runs = [run(images, labels, attack, network=Noisy(), workers=workers).attacks[0] for workers in (1, 4)]
