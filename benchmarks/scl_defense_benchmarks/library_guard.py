@@ -147,6 +147,8 @@ def _logging_kept() -> Iterator[None]:
         yield
     finally:
         for logger, level, propagate, disabled, handlers in before:
-            logger.setLevel(level)
+            if logger.level != level:  # every call empties the caches of all loggers
+                logger.setLevel(level)
             logger.propagate, logger.disabled, logger.handlers = propagate, disabled, handlers
-        logging.disable(disabled_below)
+        if manager.disable != disabled_below:
+            logging.disable(disabled_below)

@@ -522,7 +522,7 @@ class APGDT:
 def class_count(classifier: nn.Module, images: Tensor) -> int:
     """How many logits ``classifier`` gives for the first of ``images``."""
     with frozen(classifier):
-        return logits_of(classifier, images[:1]).shape[1]
+        return logits_of(classifier, images[:1], multiple=8).shape[1]
 
 
 def check_classes(attack: Any, name: str, classifier: nn.Module, images: Tensor) -> None:
@@ -598,9 +598,11 @@ class _APGD(torchattacks.APGD):
         column = (-1, 1, 1, 1)
         best, highest = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
         found = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        with torch.no_grad():
-            order = self.get_logits(images).argsort(1)
-        ranks = [None] if self.target_count == 0 else range(2, 2 + min(self.target_count, order.shape[1] - 1))
+        order, ranks = images[:0], [None]
+        if self.target_count:
+            with torch.no_grad():
+                order = self.get_logits(images).argsort(1)
+            ranks = range(2, 2 + min(self.target_count, order.shape[1] - 1))
         for rank in (rank for rank in ranks for _ in range(self.restarts)):
             left = (~found).nonzero().squeeze(1)
             if len(left) == 0:

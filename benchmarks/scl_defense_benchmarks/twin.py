@@ -60,7 +60,7 @@ class Twin(nn.Module):
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """Inside, whatever passes through this twin does so in float32: for an attack that asks if its example fools."""
+        """Inside, what passes through this twin does so in float32: for an attack that asks if its example fools."""
         before, self.precision = self.precision, "fp32"
         try:
             yield

@@ -31,7 +31,7 @@ from speed.timing import Budget, NotInstalled, Timing, images_for, interleaved
 TASKS = {
     "pgd-10": Task("pgd-10", "native:pgd:steps=10"),
     "restarts-5": Task("restarts-5", "native:pgd:steps=10:restarts=5", restarts=5),
-    "curve-8": Task("curve-8", "native:pgd:steps=10", curve=8),
+    "curve-8": Task("curve-8", "native:pgd:steps=10", search="pgd-min:steps=10:refine=0", curve=8),
     "cw": Task("cw", "cw:c=1:steps=50", steps=50, minimal=True),
     "apgd-100": Task("apgd-100", "apgd-ce", steps=100),
     "standard": Task(
@@ -59,8 +59,11 @@ QUICK: dict[str, tuple[str, ...]] = {
     "resnet18-w8 robust": ("pgd-10", "restarts-5", "curve-8"),
 }
 #: So many images at least, whatever the time: with fewer, what an evaluation costs before its first attack is all that
-#: would be measured; two chunks of 128 are one for each of two workers.
-LEAST = {"pgd-10": 256, "restarts-5": 128, "curve-8": 64, "cw": 64, "apgd-100": 64, "autoattack": 128}
+#: would be measured; two chunks of 128 are one for each of two workers. Of a task on every network, or on one.
+LEAST: dict[str | tuple[str, str], int] = {
+    "pgd-10": 256, "restarts-5": 128, "curve-8": 64, "cw": 64, "apgd-100": 64, "autoattack": 128,
+    ("small-cnn plain", "curve-8"): 256, ("small-cnn robust", "curve-8"): 256, ("small-cnn robust", "autoattack"): 512,
+}  # fmt: skip
 #: Square Attack with five restarts of 5,000 queries, whoever is fooled: minutes on the small CNN already.
 TOO_SLOW = {("resnet18-w8 robust", "autoattack", "art")}
 _DEAR = 32  # images on a network whose times alone count, of the peers that no bar names
@@ -71,8 +74,8 @@ _EVEN = 2 * CHUNK  # as much for one worker as for the other
 
 @dataclass
 class Options:
-    """seconds: for the whole part. most, least: images of a case; fewest: those of a task. plan: case -> tasks; tasks:
-    their options, fewer steps for tests.
+    """seconds: for the whole part. most, least: images of a case; fewest: those of a task, or of (case, task). plan:
+    case -> tasks; tasks: their options, fewer steps for tests.
     """
 
     work: Path
@@ -83,7 +86,7 @@ class Options:
     least: int = 16
     plan: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(PLAN))
     tiny: bool = False
-    fewest: Mapping[str, int] = field(default_factory=lambda: dict(LEAST))
+    fewest: Mapping[str | tuple[str, str], int] = field(default_factory=lambda: dict(LEAST))
     tasks: dict[str, Task] = field(default_factory=lambda: dict(TASKS))
 
 
@@ -115,13 +118,34 @@ def measure(
             units[one.name], floors = _floors(one, options)
             rows += floors
         per_image = units[one.name]["loop fp32"]["both"] * _WEIGHT[task.name]
-        least = max(options.least, options.fewest.get(task.name, 0))
+        least = max(options.least, *(options.fewest.get(key, 0) for key in (task.name, (one.name, task.name))))
         n = images_for(share / options.repeats, per_image, least=least, most=options.most)
         n = max(n - n % _EVEN, _EVEN) if n > CHUNK else n
         say(f"{one.name}: {task.name}, {min(n, len(one.images))} images")
         rows += _group(one, task, n, share, options, units[one.name])
         keep(rows)
     return rows
+
+
+def merged(before: Rows, again: Rows) -> Rows:
+    """``before`` with the comparisons (case and task) of ``again`` in the place of the same ones, else at the end.
+
+    Floors stay those of ``before``; the shares of a comparison are of the floors of its own run.
+    """
+    cases = {row["case"] for row in before}
+    new: dict[tuple[str, str], Rows] = {}
+    for row in again:
+        if row["kind"] == "attack":
+            new.setdefault((row["case"], row["task"]), []).append(row)
+    rows: Rows = []
+    for row in before:
+        key = (row["case"], row.get("task", ""))
+        if key not in new:
+            rows.append(row)
+        elif new[key][0] not in rows:
+            rows += new[key]
+    rows += [row for row in again if row["kind"] != "attack" and row["case"] not in cases]
+    return rows + [row for group in new.values() if group[0] not in rows for row in group]
 
 
 def _case(recipe: Recipe, options: Options, host: PluginHost, say: Callable[[str], None]) -> Case:
@@ -160,8 +184,10 @@ def _group(
     given = {name: min(len(images), lazy.most(task)) for name, lazy in rivals.items()}
     if not one.recipe.accurate:
         given = {name: few if name in _NAMED else min(few, _DEAR) for name, few in given.items()}
+    ways = {"": task, **({", one search": replace(task, ours=task.search)} if task.search else {})}
     calls: dict[str, Callable[[], Any]] = {
-        f"ours {precision}": (lambda precision=precision: _ours(one, task, images, labels, balls, precision))
+        f"ours {precision}{way}": lambda how=how, precision=precision: _ours(one, how, images, labels, balls, precision)
+        for way, how in ways.items()
         for precision in ("auto", "fp32")
     }
     for name, lazy in rivals.items():
@@ -181,8 +207,8 @@ def _group(
         if timing.ok:
             row["images_per_s"] = round(few / (timing.median or 1), 3)
             row |= _accuracy(judged[name])
-            for other in ("ours auto", "ours fp32"):
-                if other in judged and other != name:
+            for other in judged:
+                if other.startswith("ours") and other != name:
                     row |= {f"{other} minus this": _paired(judged[other], judged[name], few)}
             if name.startswith("ours"):
                 row |= _shares(timing, few, units)
@@ -269,16 +295,19 @@ def _paired(ours: list[str], theirs: list[str], few: int) -> list[float] | None:
 
 def _shares(timing: Timing, n: int, units: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Passes done an image, and the time they cost at the floor as a share of the time taken."""
-    result = timing.value
-    precision = "bf16" if any(row.precision.startswith("bf16") for row in result.attacks) else "fp32"
-    forwards = sum(row.forwards * max(sum(q > 0 for q in row.queries), 1) for row in result.attacks)
-    backwards = sum(row.backwards * max(sum(q > 0 for q in row.queries), 1) for row in result.attacks)
+    ran = [row for row in timing.value.attacks if row.seconds]  # one search is counted in every ball, and ran in one
+    precision = "bf16" if any(row.precision.startswith("bf16") for row in ran) else "fp32"
+    # What looks for the smallest radius takes gradients alone in bfloat16.
+    without = "fp32" if any(row.minimal for row in ran) else precision
+    forwards = sum(row.forwards * max(sum(q > 0 for q in row.queries), 1) for row in ran)
+    backwards = sum(row.backwards * max(sum(q > 0 for q in row.queries), 1) for row in ran)
     shares: dict[str, Any] = {
         "precision": precision, "forwards": round(forwards / n, 2), "backwards": round(backwards / n, 2),
     }  # fmt: skip
     for kind, name in (("loop", "share"), ("side by side", "share_side_by_side")):
-        unit = units.get(f"{kind} {precision}")
-        if unit and timing.median:
+        gradients, passed = units.get(f"{kind} {precision}"), units.get(f"{kind} {without}")
+        if gradients and passed and timing.median:
+            unit = {"both": gradients["both"], "forward": passed["forward"]}
             shares[name] = round(cost(forwards, backwards, unit) / timing.median, 3)
     return shares
 

@@ -132,8 +132,10 @@ def _find(rows: Sequence[Mapping[str, Any]], /, **wanted: Any) -> list[Mapping[s
 
 
 def _ours(rows: Sequence[Mapping[str, Any]], task: str, case: str, precision: str) -> Mapping[str, Any] | None:
-    """``auto`` is fp32 where nothing of the attack runs in bfloat16 of its own accord."""
-    for side in dict.fromkeys((f"ours {precision}", "ours fp32")):
+    """A curve is one search, where there is one: how ``--curve`` makes it. ``auto`` is fp32 where nothing of the attack
+    runs in bfloat16 of its own accord.
+    """
+    for side in dict.fromkeys((f"ours {precision}, one search", f"ours {precision}", "ours fp32")):
         found = [r for r in _find(rows, kind="attack", task=task, case=case, side=side) if r["status"] == "ok"]
         if found:
             return found[0]
@@ -152,7 +154,8 @@ def _over(task: str, case: str, precision: str, rival: str) -> Callable[[Sequenc
             _weaker(rows, task, place, ours["side"], rival) for place in {case, NARROW if case == RESNET else case}
         ]
         gap = theirs[0].get(f"{ours['side']} minus this")
-        beside = f"robust {ours['robust']:.3f} and {theirs[0]['robust']:.3f}"
+        _, _, way = ours["side"].partition(", ")
+        beside = f"{way}{', ' * bool(way)}robust {ours['robust']:.3f} and {theirs[0]['robust']:.3f}"
         if gap:
             beside += f", difference {gap[0]:+.3f} [{gap[1]:+.3f}, {gap[2]:+.3f}]"
         return Measured(value, ours.get("share"), beside, next((fault for fault in faults if fault), ""))

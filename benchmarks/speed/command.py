@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         'pip install "scl-defense[speed]".',
     )
     parser.add_argument("--only", default=",".join(records.PARTS), help="parts, separated by commas; default: all")
+    anew = 'comparisons of attacks to be measured anew, "CASE: TASK", a CASE or a TASK, separated by commas'
+    parser.add_argument("--again", help=f"{anew}; all others stay in the file")
     parser.add_argument("--quick", action="store_true", help="a look in 2 or 3 minutes: fewer networks, sizes, images")
     parser.add_argument("--minutes", type=float, help="time to be spent; default: 60, or 2.5 with --quick")
     parser.add_argument("--repeats", type=int, help="rounds at most; default: what each part needs")
@@ -69,6 +72,9 @@ def _run(given: argparse.Namespace) -> int:
     for name in ("repeats", "threads"):
         if (value := getattr(given, name)) is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")
+    again = None if given.again is None else _comparisons(given.again)
+    if again is not None:
+        parts = ["attacks"]
     if given.threads:
         torch.set_num_threads(given.threads)
     out = Path(given.out) if given.out else Path("runs/speed-quick") if given.quick else OUT
@@ -79,7 +85,7 @@ def _run(given: argparse.Namespace) -> int:
     if not given.bars:
         whole = sum(_SHARES[part] for part in parts)
         for part in parts:
-            _measure(part, given, minutes, _SHARES[part] / whole, out)
+            _measure(part, given, minutes, _SHARES[part] / whole, out, again)
     results = records.read_all(out)
     if not results:
         raise UserError(f"there is no result in '{out}'; measure something first")
@@ -90,27 +96,67 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(part: str, given: argparse.Namespace, minutes: float, share: float, out: Path) -> None:
-    """Measure a part, and write it after every step: a part that was stopped says so."""
-    measure, settings = prepared(part, given, 60 * minutes * share)
+def _comparisons(text: str) -> dict[str, tuple[str, ...]]:
+    """``small-cnn robust: curve-8, cw`` -> {case: tasks}; a task alone is meant on every network that has it."""
+    wanted = [one.strip() for one in text.split(",") if one.strip()]
+    plan: dict[str, tuple[str, ...]] = {}
+    for one in wanted:
+        case, _, task = (part.strip() for part in one.rpartition(":")) if ":" in one else ("", "", one)
+        case, task = (task, "") if task in attacks.PLAN else (case, task)
+        found = {
+            name: tuple(each for each in tasks if task in ("", each))
+            for name, tasks in attacks.PLAN.items()
+            if case in ("", name)
+        }
+        if not any(found.values()):
+            raise UserError(
+                f"'{one}' is no comparison; networks: {', '.join(attacks.PLAN)}; tasks: {', '.join(attacks.TASKS)}"
+            )
+        for name, tasks in found.items():
+            plan[name] = tuple(dict.fromkeys((*plan.get(name, ()), *tasks)))
+    if not wanted:
+        raise UserError("--again names no comparison; leave it out to measure all")
+    return {name: tasks for name, tasks in plan.items() if tasks}
+
+
+def _measure(
+    part: str,
+    given: argparse.Namespace,
+    minutes: float,
+    share: float,
+    out: Path,
+    again: dict[str, tuple[str, ...]] | None = None,
+) -> None:
+    """Measure a part, and write it after every step: a part that was stopped says so. again: some of it, anew."""
+    measure, settings = prepared(part, given, 60 * minutes * share, again)
     about, started = records.machine(), perf_counter()
+    before = records.read_all(out).get(part) if again else None
+    began = datetime.now(UTC).isoformat(timespec="seconds")
 
     def say(text: str) -> None:
         print(f"[{perf_counter() - started:5.0f} s] {text}", flush=True)
 
     def keep(rows: list[dict[str, Any]], **how: Any) -> None:
         ran = {"quick": given.quick, "minutes": minutes, "took": round(perf_counter() - started, 1), **how}
-        records.write(out, part, rows, settings | ran, about)
+        if before is None:
+            records.write(out, part, rows, settings | ran, about)
+            return
+        done = sorted({f"{row['case']}: {row['task']}" for row in rows if row["kind"] == "attack"})
+        anew = {"started": began, "comparisons": done, "load_before": about["load_before"], **ran}
+        records.renew(out, part, attacks.merged(before["rows"], rows), anew)
 
     keep(measure(say, lambda rows: keep(rows, stopped=True)))
 
 
-def prepared(part: str, given: argparse.Namespace, seconds: float) -> tuple[Measure, dict[str, Any]]:
+def prepared(
+    part: str, given: argparse.Namespace, seconds: float, plan: dict[str, tuple[str, ...]] | None = None
+) -> tuple[Measure, dict[str, Any]]:
     """What measures a part, and its settings as JSON types."""
     root, repeats = given.data_root, {} if given.repeats is None else {"repeats": given.repeats}
     options: Any
     if part == "attacks":
         quick = {"plan": attacks.QUICK, "repeats": 2, "most": 128} if given.quick else {}
+        quick |= {} if plan is None else {"plan": plan}
         options = attacks.Options(work=Path(given.work), root=root, seconds=seconds, **{**quick, **repeats})
         settings = {"repeats": options.repeats, "most": options.most, "seconds": round(seconds)}
         return lambda say, keep: attacks.measure(options, say, keep), settings

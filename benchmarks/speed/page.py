@@ -69,9 +69,13 @@ def _conditions(content: Content) -> str:
     said = ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
     how = ", quick" if settings.get("quick") else ""
     how += ", stopped before its end" if settings.get("stopped") else ""
+    anew = "".join(
+        f" Measured anew on {one['started'][:10]}, load before {one['load_before']}: {'; '.join(one['comparisons'])}."
+        for one in content.get("again", ())
+    )
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, load before "
-        f"{machine['load_before']}; {content['created'][:10]}{how}; {said}."
+        f"{machine['load_before']}; {content['created'][:10]}{how}; {said}.{anew}"
     )
 
 

@@ -39,7 +39,7 @@ NETWORKS = {
     "cifar10-jpeg75 resnet18 width 8": {**CIFAR, "model": "resnet18", "model_options": {"width": 8}},
 }
 ATTACKS = ("fgsm", "pgd:steps=20", "native:pgd:steps=20", "native:pgd:steps=20:loss=margin", "mifgsm", "apgd-ce",
-           "apgd-dlr")  # fmt: skip
+           "apgd-dlr", "pgd-min:steps=20")  # fmt: skip
 ROUNDS = {
     "fp32": [("fp32", 0, False)],
     "auto": [("bf16", 0, False), ("fp32", 0, True)],

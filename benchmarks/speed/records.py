@@ -61,6 +61,24 @@ def write(folder: Path, part: str, rows: list[dict[str, Any]], settings: dict[st
     return path
 
 
+def renew(folder: Path, part: str, rows: list[dict[str, Any]], again: dict[str, Any]) -> Path:
+    """``folder/part.json`` with these rows, some of them measured anew on the machine of the others.
+
+    again: what was, and under which load; the file keeps a list of these. Raises :class:`UserError` where processor,
+    threads or versions are not those of the file: ratios would stand beside others of another machine.
+    """
+    content, here = read_all(folder)[part], machine()
+    differ = [name for name in ("processor", "cores", "threads") if content["machine"][name] != here[name]]
+    differ += [name for name, one in peer_versions().items() if content["versions"].get(name) != one]
+    if differ:
+        raise UserError(f"'{folder / f'{part}.json'}' was measured with another {', '.join(differ)}; measure all of it")
+    earlier = [one for one in content.get("again", ()) if one["started"] != again["started"]]
+    content |= {"rows": rows, "again": [*earlier, again]}
+    path = folder / f"{part}.json"
+    atomic_write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:
     """Every part that lies in ``folder``, by name. Raises :class:`UserError` for a file that is none."""
     found = {}

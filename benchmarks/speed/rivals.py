@@ -28,10 +28,13 @@ Examples = list[list[Tensor]]  # for every ball: sets of examples (N, C, H, W), 
 
 @dataclass(frozen=True)
 class Task:
-    """What is compared. ours: our battery, ``{l2}`` the L2 radius. steps, restarts: of a PGD or APGD; c: of CW."""
+    """What is compared. ours: our battery, ``{l2}`` the L2 radius. search: ours again, all radii of a curve from one
+    search. steps, restarts: of a PGD or APGD; c: of CW.
+    """
 
     name: str
     ours: str
+    search: str = ""
     steps: int = 10
     restarts: int = 1
     curve: int = 1

@@ -13,6 +13,7 @@ from scl_defense_benchmarks.native import PGD
 from scl_defense_benchmarks.pgd_min import PGDMin, evenly
 from scl_defense_benchmarks.planning import plan_battery
 from scl_defense_benchmarks.results import BROKEN
+from scl_defense_benchmarks.twin import Twin, twin_of
 from victim_networks import Linear
 
 from scl_defense.errors import UserError
@@ -132,6 +133,32 @@ def test_neither_batches_nor_workers_nor_a_second_run_change_anything(robust, he
         for one, other in zip(first.attacks, again.attacks, strict=True):
             assert one.outcomes == other.outcomes
             assert one.distances == pytest.approx(other.distances, abs=1e-5)
+
+
+def test_in_bfloat16_it_takes_gradients_alone(robust, held_out, host, monkeypatch):
+    """Whether a point fools is asked in float32: what it says is broken is, and it finds what float32 finds."""
+    monkeypatch.setattr("scl_defense_benchmarks.twin.bf16_pays", lambda device: True)
+    passed, forward = [], Twin.forward
+
+    def noted(self, images):
+        output = forward(self, images)
+        passed.append((self.precision, output.requires_grad))
+        return output
+
+    monkeypatch.setattr(Twin, "forward", noted)
+    exact = curve_of(robust, *held_out, host)
+    assert {precision for precision, _ in passed} == {"fp32"} and exact.attacks[0].precision == "fp32"
+    passed.clear()
+    rough = curve_of(robust, *held_out, host, precision="auto")
+    assert rough.attacks[0].precision == "bf16" and rough.attacks[0].status == "ok"
+    assert ("bf16", True) in passed and ("fp32", False) in passed
+    assert ("bf16", False) not in passed[: passed.index(("fp32", False))]
+    twins = [twin_of(robust, held_out[0][:8], "bf16")]
+    with twins[0].exactly(), torch.no_grad():
+        torch.testing.assert_close(twins[0](held_out[0]), robust(held_out[0]), atol=1e-4, rtol=1e-4)
+    assert twins[0].precision == "bf16"
+    for one, other in zip(exact.worst_cases, rough.worst_cases, strict=True):
+        assert other.robust_accuracy == pytest.approx(one.robust_accuracy, abs=0.03)
 
 
 def test_more_starts_find_no_less(robust, held_out, host):

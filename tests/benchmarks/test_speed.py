@@ -11,7 +11,7 @@ from scl_defense.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # no package is installed from there but the layer itself
 
-from speed import bars, command, page, records  # noqa: E402
+from speed import attacks, bars, command, page, records  # noqa: E402
 from speed.timing import Budget, NotInstalled, images_for, interleaved, ratio  # noqa: E402
 
 
@@ -236,6 +236,47 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
     (tmp_path / "attacks.json").write_text(json.dumps({"part": "steps", "rows": []}))
     with pytest.raises(UserError, match=r"attacks\.json"):
         records.read_all(tmp_path)
+
+
+def row(case, task=None, side="ours fp32", **more):
+    kind = {"kind": "attack", "task": task, "side": side, "status": "no"} if task else {"kind": "case"}
+    return {**kind, "case": case, **more}
+
+
+def test_what_is_measured_anew_takes_the_place_of_the_same_comparison_alone():
+    before = [row("a"), row("b"), row("a", "x", old=1), row("a", "x", "art", old=1), row("a", "y", old=1)]
+    again = [row("a"), row("c"), row("a", "x", old=0), row("c", "x", old=0), row("a", "z", old=0)]
+    assert attacks.merged(before, again) == [
+        row("a"), row("b"), row("a", "x", old=0), row("a", "y", old=1), row("c"), row("c", "x", old=0),
+        row("a", "z", old=0)]  # fmt: skip
+
+
+def test_some_comparisons_are_measured_anew_on_the_same_machine_only(tmp_path, monkeypatch, capsys):
+    plans = []
+
+    def measure(options, say, keep):
+        plans.append(options.plan)
+        made = [row(case, task, value=2) for case, tasks in options.plan.items() for task in tasks]
+        keep(made)
+        return made
+
+    monkeypatch.setattr(attacks, "measure", measure)
+    here = records.machine()
+    records.write(tmp_path, "attacks", [row(bars.CNN, "curve-8", value=1), row(bars.CNN, "cw", value=1)], {}, here)
+    assert command.main(["--out", str(tmp_path), "--again", f"{bars.CNN}: curve-8, apgd-100"]) == 0
+    wanted = [name for name, tasks in attacks.PLAN.items() if "apgd-100" in tasks]
+    assert plans == [{**{name: ("apgd-100",) for name in wanted}, bars.CNN: ("curve-8", "apgd-100")}] and wanted
+    content = records.read_all(tmp_path)["attacks"]
+    values = {(one["case"], one["task"]): one["value"] for one in content["rows"]}
+    assert values[bars.CNN, "curve-8"] == 2 and values[bars.CNN, "cw"] == 1
+    (anew,) = content["again"]  # once, although it was written after every comparison
+    assert f"{bars.CNN}: curve-8" in anew["comparisons"] and "stopped" not in anew
+    path = tmp_path / "attacks.json"
+    path.write_text(path.read_text().replace('"threads": ', '"threads": 9'))
+    assert command.main(["--out", str(tmp_path), "--again", bars.CNN]) == 2
+    assert "with another threads; measure all of it" in capsys.readouterr().err
+    assert command.main(["--out", str(tmp_path), "--again", "no-such-task"]) == 2
+    assert "'no-such-task' is no comparison" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,28 @@ def test_an_early_stop_of_apgd_passes_each_image_until_it_falls():
     for handle in handles:
         handle.remove()
     assert (predicted(network, found) != labels).tolist() == [True] * 4 + [False] * 2
-    paid = passes.paid.tolist()  # its first logits, the start, and every step
-    assert all(count <= 3 for count in paid[:4]) and paid[4:] == [22, 22]
+    paid = passes.paid.tolist()  # the start, and every step
+    assert all(count <= 2 for count in paid[:4]) and paid[4:] == [21, 21]
     assert passes.witness.all() and passes.traceable and made.rows is None
+
+
+@pytest.mark.parametrize("attack", [APGDCE(steps=20), APGDT(steps=20, targets=3)], ids=["ce", "t"])
+def test_where_all_images_are_wrong_the_library_s_loop_ends(network, victims, monkeypatch, attack):
+    """With the examples that it had kept by then; its arithmetic on what is passed no more is spared."""
+    images, labels = victims
+    threat, asked = ThreatModel("linf", "0.6"), []
+    logits = torchattacks.attack.Attack.get_logits
+    monkeypatch.setattr(
+        torchattacks.attack.Attack, "get_logits", lambda self, *given: asked.append(0) or logits(self, *given)
+    )
+    made = attack(network, images, labels, threat, torch.Generator().manual_seed(0))
+    assert (predicted(network, made) != labels).all() and threat.contains(images, made).all()
+    assert len(asked) < 15
+    asked.clear()
+    whole = dataclasses.replace(attack, early_stop=False)(
+        network, images, labels, threat, torch.Generator().manual_seed(0)
+    )
+    assert (predicted(network, whole) != labels).all() and len(asked) > 20
 
 
 # -- the library's faults, and that they are gone
