@@ -64,8 +64,6 @@ LEAST: dict[str | tuple[str, str], int] = {
     "pgd-10": 256, "restarts-5": 128, "curve-8": 64, "cw": 64, "apgd-100": 64, "autoattack": 128,
     ("small-cnn plain", "curve-8"): 256, ("small-cnn robust", "curve-8"): 256, ("small-cnn robust", "autoattack"): 512,
 }  # fmt: skip
-#: Square Attack with five restarts of 5,000 queries, whoever is fooled: minutes on the small CNN already.
-TOO_SLOW = {("resnet18-w8 robust", "autoattack", "art")}
 _DEAR = 32  # images on a network whose times alone count, of the peers that no bar names
 _NAMED = ("torchattacks", "art", "pyautoattack")
 _FLOOR_STEPS = 3
@@ -180,7 +178,7 @@ def _group(
 ) -> list[dict[str, Any]]:
     images, labels = one.first(n)
     balls = task.balls(one.recipe.eps, one.recipe.l2)
-    rivals = {k.name: _Lazy(k, one) for k in offering(task) if (one.name, task.name, k.name) not in TOO_SLOW}
+    rivals = {kind.name: _Lazy(kind, one) for kind in offering(task)}
     given = {name: min(len(images), lazy.most(task)) for name, lazy in rivals.items()}
     if not one.recipe.accurate:
         given = {name: few if name in _NAMED else min(few, _DEAR) for name, few in given.items()}

@@ -18,7 +18,7 @@ from speed import attacks, augmentation, bars, losses, page, records, startup, s
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT, PAGE = ROOT / "benchmarks" / "results" / "speed", ROOT / "docs" / "speed.md"
-PRECISION = ROOT / "benchmarks" / "results" / "precision-mnist" / "precision.json"
+PRECISION = ROOT / "benchmarks" / "results" / "precision" / "precision.json"
 #: Of the minutes given, what each part takes; training the networks comes on top, once.
 _SHARES = {"attacks": 0.6, "steps": 0.18, "losses": 0.1, "augment": 0.06, "startup": 0.06}
 

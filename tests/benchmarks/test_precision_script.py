@@ -25,7 +25,9 @@ def line(network, missed, gained, n=1000, seconds=(1.0, 0.5)):
 def test_the_gap_is_paired_and_every_network_counts(script):
     lines = [line("a", 5, 2), line("a", 4, 5), line("b", 1, 0, n=2000)]
     found = script.families(lines)["pgd"]["auto"]
-    assert (found["points_less"], found["images"], found["time_ratio"]) == (0.075, 4000, 0.5) and found["within"]
+    assert (found["points_less"], found["images"], found["time_ratio"]) == (0.075, 4000, 0.5)
+    assert not found["within"], "its interval ends above 0.2"
+    assert script.families([line("a", 9, 7, n=20_000)])["pgd"]["auto"]["within"]
     assert found["networks"]["a"]["points_less"] == 0.1 and found["networks"]["b"]["points_less"] == 0.05
     low, high = found["interval"]
     width = 2 * 1.96 * 100 * (17 / 4000 - 0.00075**2) ** 0.5 / 4000**0.5
