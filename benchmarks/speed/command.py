@@ -130,7 +130,7 @@ def _measure(
     """Measure a part, and write it after every step: a part that was stopped says so. again: some of it, anew."""
     measure, settings = prepared(part, given, 60 * minutes * share, again)
     about, started = records.machine(), perf_counter()
-    before = records.read_all(out).get(part) if again else None
+    before = records.to_renew(out, part) if again else None
     began = datetime.now(UTC).isoformat(timespec="seconds")
 
     def say(text: str) -> None:
@@ -143,7 +143,7 @@ def _measure(
             return
         done = sorted({f"{row['case']}: {row['task']}" for row in rows if row["kind"] == "attack"})
         anew = {"started": began, "comparisons": done, "load_before": about["load_before"], **ran}
-        records.renew(out, part, attacks.merged(before["rows"], rows), anew)
+        records.renew(out, before, attacks.merged(before["rows"], rows), anew)
 
     keep(measure(say, lambda rows: keep(rows, stopped=True)))
 

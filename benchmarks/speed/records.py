@@ -61,21 +61,27 @@ def write(folder: Path, part: str, rows: list[dict[str, Any]], settings: dict[st
     return path
 
 
-def renew(folder: Path, part: str, rows: list[dict[str, Any]], again: dict[str, Any]) -> Path:
-    """``folder/part.json`` with these rows, some of them measured anew on the machine of the others.
+def to_renew(folder: Path, part: str) -> dict[str, Any] | None:
+    """What ``folder/part.json`` holds, for some of it to be measured anew; ``None`` where there is no such file.
 
-    again: what was, and under which load; the file keeps a list of these. Raises :class:`UserError` where processor,
-    threads or versions are not those of the file: ratios would stand beside others of another machine.
+    Raises :class:`UserError` where processor, threads or versions are not those of the file: ratios would stand beside
+    others of another machine.
     """
-    content, here = read_all(folder)[part], machine()
+    content, here = read_all(folder).get(part), machine()
+    if content is None:
+        return None
     differ = [name for name in ("processor", "cores", "threads") if content["machine"][name] != here[name]]
     differ += [name for name, one in peer_versions().items() if content["versions"].get(name) != one]
     if differ:
         raise UserError(f"'{folder / f'{part}.json'}' was measured with another {', '.join(differ)}; measure all of it")
-    earlier = [one for one in content.get("again", ()) if one["started"] != again["started"]]
-    content |= {"rows": rows, "again": [*earlier, again]}
-    path = folder / f"{part}.json"
-    atomic_write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    return content
+
+
+def renew(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]], again: dict[str, Any]) -> Path:
+    """The file of ``content`` with these rows. again: what was measured anew, and under which load: it lists these."""
+    path = folder / f"{content['part']}.json"
+    renewed = content | {"rows": rows, "again": [*content.get("again", ()), again]}
+    atomic_write_bytes(path, (json.dumps(renewed, indent=1) + "\n").encode())
     return path
 
 
