@@ -146,10 +146,10 @@ def training(folder: Path, trainer: str, generator: str, options: Mapping[str, A
 
 def _ranked(folder: Path, settings: Mapping[str, Any], images: int, ranks: int) -> dict[str, Any]:
     from scl_defense import checkpoint
-    from scl_defense.config import to_toml, train_config
+    from scl_defense.config import as_dict, to_toml, train_config
 
     recipe = folder / f"ranks{ranks}.toml"
-    recipe.write_text(to_toml(train_config({**settings, "name": f"ranks{ranks}"})))
+    recipe.write_text(to_toml(as_dict(train_config({**settings, "name": f"ranks{ranks}"}))))
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m",
             "scl_defense", "train", "--config", str(recipe), "--quiet"]  # fmt: skip
     subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -78,3 +78,10 @@ def test_a_measurement_is_one(tmp_path):
     assert made["backwards"] == 3 * 2 * 2 and made["seconds"] > 0
     trained = scaling.training(tmp_path, "cross-entropy", "pgd", {"steps": 3}, images=64)
     assert trained["backwards"] == pytest.approx(4) and trained["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_passes_of_one(tmp_path):
+    one, two = (scaling.training(tmp_path, "cross-entropy", "pgd", {"steps": 2}, images=128, ranks=n) for n in (1, 2))
+    assert (two["ranks"], two["forwards"], two["backwards"]) == (2, one["forwards"], one["backwards"])
+    assert two["wall"] > 0
