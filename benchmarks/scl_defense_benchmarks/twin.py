@@ -73,19 +73,21 @@ class Twin(nn.Module):
 def rounds(planned: PlannedAttack, choice: Choice, device: torch.device) -> list[tuple[Precision, int, bool]]:
     """What is run on an image until it is broken: (precision, restart, only where the twin alone was fooled).
 
-    Only white-box attacks inside a ball are ever run in bfloat16, and those that measure distances in float32 by
-    themselves (``measures_exactly``): the others do without a backward pass, or would measure them wrongly. ``bf16``:
-    every start once more in float32 on what has survived. ``auto``: bfloat16 where this machine is faster with it and
-    the family is in :data:`BF16_ENOUGH`, then float32 where the bfloat16 twin was fooled and the network was not;
-    float32 alone for every other attack, which costs less than both passes.
+    Only white-box attacks are ever run in bfloat16: the others do without a backward pass. ``bf16``: those inside a
+    ball, every start once more in float32 on what has survived. ``auto``: bfloat16 where this machine is faster with it
+    and the family is in :data:`BF16_ENOUGH`, then float32 where the bfloat16 twin was fooled and the network was not;
+    float32 alone for every other attack, which costs less than both passes. What looks for the smallest radius takes
+    part in ``auto`` alone, and only where it measures in float32 by itself (``measures_exactly``): an image that has
+    fallen in one ball would not be attacked again in the smaller ones.
     """
     attack = planned.attack
     starts = range(getattr(planned, "restarts", 1))
-    able = attack.access == "white-box" and (not attack.minimal or getattr(attack, "measures_exactly", False))
+    exact = not attack.minimal or getattr(attack, "measures_exactly", False)
     family = str(getattr(attack, "family", ""))
-    if able and choice == "bf16":
+    if attack.access == "white-box" and not attack.minimal and choice == "bf16":
         return [("bf16", start, False) for start in starts] + [("fp32", start, False) for start in starts]
-    if able and choice == "auto" and family in BF16_ENOUGH and bf16_pays(device):
+    enough = attack.access == "white-box" and exact and family in BF16_ENOUGH
+    if enough and choice == "auto" and bf16_pays(device):
         return [("bf16", start, False) for start in starts] + [("fp32", start, True) for start in starts]
     return [("fp32", start, False) for start in starts]
 

@@ -157,6 +157,7 @@ def test_in_bfloat16_it_takes_gradients_alone(robust, held_out, host, monkeypatc
     with twins[0].exactly(), torch.no_grad():
         torch.testing.assert_close(twins[0](held_out[0]), robust(held_out[0]), atol=1e-4, rtol=1e-4)
     assert twins[0].precision == "bf16"
+    assert curve_of(robust, *held_out, host, precision="bf16").attacks[0].precision == "fp32"
     for one, other in zip(exact.worst_cases, rough.worst_cases, strict=True):
         assert other.robust_accuracy == pytest.approx(one.robust_accuracy, abs=0.03)
 
