@@ -73,8 +73,9 @@ def _run(given: argparse.Namespace) -> int:
         if (value := getattr(given, name)) is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")
     again = None if given.again is None else _comparisons(given.again)
-    if again is not None:
-        parts = ["attacks"]
+    if again is not None and "attacks" not in parts:
+        raise UserError("--again is about the attacks; leave out --only, or --again")
+    parts = parts if again is None else ["attacks"]
     if given.threads:
         torch.set_num_threads(given.threads)
     out = Path(given.out) if given.out else Path("runs/speed-quick") if given.quick else OUT

@@ -277,6 +277,8 @@ def test_some_comparisons_are_measured_anew_on_the_same_machine_only(tmp_path, m
     assert "with another threads; measure all of it" in capsys.readouterr().err
     assert command.main(["--out", str(tmp_path), "--again", "no-such-task"]) == 2
     assert "'no-such-task' is no comparison" in capsys.readouterr().err
+    assert command.main(["--out", str(tmp_path), "--only", "losses", "--again", bars.CNN]) == 2
+    assert "--again is about the attacks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
