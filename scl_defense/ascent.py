@@ -21,7 +21,7 @@ StoppingObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Start = Literal["uniform", "gaussian", "zero"] | Tensor
 Contrastive = Literal["infonce", "ntxent-joint", "align", "supcon"]
 Negatives = Literal["all", "other-classes"]
-SIZES = 4  # of a batch that shrinks, from any size to its half
+SIZES = 8  # of a batch that shrinks, from any size to its half
 GAUSSIAN_START = 0.001  # TRADES and MART start at x + 0.001 N(0, I)
 
 
@@ -50,7 +50,7 @@ def ascend(
 
     stopping: the objective also gets the places of its points in ``images``, and says which of them are done: those
     stay where they are and are passed no more. The batch that is left is filled up with a few of its points, passed
-    twice, to one of four sizes an octave: what prepares its kernels anew for every size of batch meets few of them.
+    twice, to one of eight sizes an octave: what prepares its kernels anew for every size of batch meets few of them.
 
     Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched. Train/eval mode is the
     caller's (see :func:`scl_defense.guard.frozen`). A sample whose gradient is zero or not finite everywhere gets a
@@ -95,7 +95,7 @@ def ascend(
 
 
 def filled_up(left: Tensor) -> Tensor:
-    """``left``, and behind it as many of its places again as make 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, ...."""
+    """``left``, and behind it as many of its places again as make 1 to 16, 18, 20, ..., 32, 36, 40, ...."""
     block = max(1, 2 ** (len(left).bit_length() - 1) // SIZES)
     return torch.cat([left, left[: -len(left) % block]])
 

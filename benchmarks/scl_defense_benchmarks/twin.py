@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scl_defense.folding import agree, fold_batch_norms
 from scl_defense_benchmarks.battery import PlannedAttack
+from scl_defense_benchmarks.convolutions import FrozenConv2d, freeze_convolutions
 
 Precision = Literal["fp32", "bf16"]
 #: What may be asked for: ``auto`` takes bfloat16 where it is faster here and was measured to find as much.
@@ -31,7 +32,8 @@ BF16_ENOUGH: frozenset[str] = frozenset({"pgd", "pgd-min", "fgsm", "mifgsm"})
 
 
 class Twin(nn.Module):
-    """A copy of ``network``: eval mode, frozen weights, batch norm folded into the convolution before, channels-last.
+    """A copy of ``network``: eval mode, frozen weights, batch norm folded into the convolution before, channels-last,
+    convolutions that need not be trained (see :mod:`scl_defense_benchmarks.convolutions`).
 
     precision: what convolutions and matrix products run in; ``bf16`` by autocast, so that whatever the network does
     beside them (its normalisation, a softmax) stays float32. Logits are float32 in any case. rows: an attack that
@@ -44,6 +46,9 @@ class Twin(nn.Module):
         super().__init__()
         self.network, self.precision = network, precision
         self.eval().requires_grad_(False)
+        for module in self.modules() if precision == "bf16" else ():
+            if isinstance(module, FrozenConv2d):
+                module.round_once()
 
     def __getattr__(self, name: str) -> Any:
         """What an attack asks of the network beside its logits, it is answered by the copy."""
@@ -112,6 +117,7 @@ def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32") -
             changed = copy.deepcopy(plain)
             fold_batch_norms(changed, sample)
             changed = changed.to(memory_format=torch.channels_last)
+            freeze_convolutions(changed)
             found = Twin(changed, "fp32")(sample)
             if agree(found, expected):
                 return Twin(changed, precision)

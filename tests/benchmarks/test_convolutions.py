@@ -1,0 +1,171 @@
+"""A twin's convolutions against torch's own."""
+
+import copy
+
+import pytest
+import torch
+from scl_defense_benchmarks import convolutions, twin
+from scl_defense_benchmarks.battery import plan_attacks
+from scl_defense_benchmarks.convolutions import FrozenConv2d, freeze_convolutions
+from scl_defense_benchmarks.evaluate import evaluate
+from scl_defense_benchmarks.twin import twin_of
+from torch import nn
+
+from scl_defense.models import Network
+from scl_defense.plugins import default_host
+from scl_defense.threat import ThreatModel
+
+
+def pair(convolution):
+    """The convolution, frozen, and the same as a :class:`FrozenConv2d`."""
+    convolution = convolution.eval().requires_grad_(False)
+    frozen = nn.Sequential(copy.deepcopy(convolution))
+    freeze_convolutions(frozen)
+    assert type(frozen[0]) is FrozenConv2d
+    return convolution, frozen[0]
+
+
+def gradient(convolution, maps, weight):
+    points = maps.clone().requires_grad_()
+    made = convolution(points)
+    return made.detach(), torch.autograd.grad((made * weight).sum(), points)[0]
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Weights count as heavy from one number on: the same path as for millions."""
+    monkeypatch.setattr(convolutions, "HEAVY", 1)
+
+
+SMALL_MAPS = [(3, 4, 4), (3, 2, 3), (5, 4, 4), ((3, 1), 3, 5), ((1, 5), 4, 4), (1, 4, 4)]
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(("kernel", "height", "width"), SMALL_MAPS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_small_maps_side_by_side_are_the_same_sums(monkeypatch, kernel, height, width, bias):
+    torch.manual_seed(0)
+    around = tuple(side // 2 for side in (kernel if isinstance(kernel, tuple) else (kernel, kernel)))
+    own, frozen = pair(nn.Conv2d(6, 10, kernel, padding=around, bias=bias).double())
+    laid, side_by_side = [], FrozenConv2d._side_by_side
+    monkeypatch.setattr(FrozenConv2d, "_side_by_side", lambda *given: laid.append(1) or side_by_side(*given))
+    maps, weight = torch.randn(7, 6, height, width).double(), torch.randn(7, 10, height, width).double()
+    for found, expected in zip(gradient(frozen, maps, weight), gradient(own, maps, weight), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert laid
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_an_image_does_not_reach_its_neighbours(kernel):
+    own, frozen = pair(nn.Conv2d(3, 4, kernel, padding=kernel // 2))
+    maps = torch.randn(3, 3, 4, 4)
+    maps[1] = torch.nan
+    made = frozen(maps)
+    torch.testing.assert_close(made[[0, 2]], own(maps[[0, 2]]))
+    assert made[1].isnan().all()
+
+
+OTHERS = [{"stride": 2, "padding": 1}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2, "padding": 1},
+          {"padding": 1, "padding_mode": "circular"}, {"padding": "same"}, {"padding": 2}]  # fmt: skip
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("options", OTHERS, ids=str)
+def test_every_other_convolution_is_left_to_torch(options):
+    own, frozen = pair(nn.Conv2d(2, 32, 3, **options))
+    maps = torch.randn(3, 2, 4, 4)
+    weight = torch.randn(own(maps).shape)
+    for found, expected in zip(gradient(frozen, maps, weight), gradient(own, maps, weight), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(frozen(maps[0]), own(maps[0]))  # without a batch
+
+
+@pytest.mark.parametrize(("inputs", "kernel", "side"), [(1, 3, 28), (3, 3, 9), (2, 5, 6), (1, (1, 3), 4), (1, 1, 5)])
+def test_the_gradient_to_few_inputs_is_autograds(inputs, kernel, side):
+    torch.manual_seed(0)
+    around = tuple(side // 2 for side in (kernel if isinstance(kernel, tuple) else (kernel, kernel)))
+    own, frozen = pair(nn.Conv2d(inputs, 16 * inputs, kernel, padding=around))
+    maps, weight = torch.randn(5, inputs, side, side + 1), torch.randn(5, 16 * inputs, side, side + 1)
+    assert "FromFewInputs" in frozen(maps.requires_grad_()).grad_fn.name()
+    maps = maps.detach()
+    found, slope = gradient(frozen, maps, weight)
+    expected, exact = gradient(own.double(), maps.double(), weight.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_to_few_inputs_has_a_gradient_itself():
+    own, frozen = pair(nn.Conv2d(1, 16, 3, padding=1))
+    found = []
+    for one in (own, frozen):
+        points = torch.linspace(-1, 1, 25).view(1, 1, 5, 5).requires_grad_()
+        (slope,) = torch.autograd.grad(one(points).pow(3).sum(), points, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), points)[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_weights_rounded_once_are_what_autocast_rounds_them_to():
+    own, frozen = pair(nn.Conv2d(4, 8, 3, padding=1))
+    maps = torch.randn(2, 4, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = own(maps)
+        frozen.round_once()
+        frozen.weight.data += 1  # it is the copy that is used
+        assert torch.equal(frozen(maps), expected)
+    frozen.weight.data = own.weight.data.clone()
+    assert torch.equal(frozen(maps), own(maps))  # outside autocast the weights themselves
+
+
+def test_what_a_hook_prepares_and_subclasses_stay_as_they_are():
+    class Mine(nn.Conv2d):
+        pass
+
+    normed = nn.utils.spectral_norm(nn.Conv2d(2, 2, 3))
+    network = nn.Sequential(Mine(2, 2, 3), normed, nn.Conv2d(2, 2, 3))
+    freeze_convolutions(network)
+    assert [type(part) for part in network] == [Mine, nn.Conv2d, FrozenConv2d]
+
+
+ATTACKS = ["pgd:steps=5", "native:pgd:steps=5:loss=margin", "apgd-ce:steps=10", "fgsm", "pgd-min:steps=5"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_verdict_changes_image_by_image(monkeypatch, precision):
+    """A network with heavy weights on small maps, and a first layer from one input to many."""
+    monkeypatch.setattr(convolutions, "HEAVY", 9000)
+    torch.manual_seed(0)
+    encoder = default_host()["model"].get("small-cnn")(width=16)((1, 28, 28))
+    network = Network(encoder, 10, (0.5,), (0.5,))
+    stages = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    stages[-1].stride = (1, 1)  # 7 x 7 maps; counted as small
+    monkeypatch.setattr(convolutions, "SMALL", 49)
+    images = torch.rand(48, 1, 28, 28)
+    with torch.no_grad():
+        for _ in range(20):  # batch norm sees them
+            network(images)
+        labels = network.eval()(images).argmax(1)
+    used = []
+    side_by_side, few = FrozenConv2d._side_by_side, convolutions._FromFewInputs.backward
+    monkeypatch.setattr(FrozenConv2d, "_side_by_side", lambda *given: used.append("wide") or side_by_side(*given))
+    monkeypatch.setattr(convolutions._FromFewInputs, "backward", lambda *given: used.append("few") or few(*given))
+    plan = plan_attacks(",".join(ATTACKS), host=default_host(), threat=ThreatModel("linf", "2/255"))
+    found = []
+    for frozen in (freeze_convolutions, lambda network: None):
+        monkeypatch.setattr(twin, "freeze_convolutions", frozen)
+        found.append(evaluate(network, images, labels, plan, seed=0, precision=precision, workers=1))
+        assert bool(used) is (frozen is freeze_convolutions)
+        assert not used or {"wide", "few"} <= set(used)
+        used.clear()
+    first, second = found
+    assert [row.label for row in first.attacks] and 0 < first.attacks[0].robust_accuracy < 1
+    assert first.worst_cases == second.worst_cases
+    for new, old in zip(first.attacks, second.attacks, strict=True):
+        assert new.robust_accuracy == old.robust_accuracy and new.queries == old.queries
+
+
+def test_a_twin_has_them_and_the_network_does_not():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3))
+    made = twin_of(network.eval(), torch.rand(4, 1, 8, 8))
+    assert [type(part) for part in made.modules() if isinstance(part, nn.Conv2d)] == [FrozenConv2d]
+    assert type(network[0]) is nn.Conv2d
