@@ -386,7 +386,7 @@ def test_a_start_of_another_shape_is_an_error(shape):
 
 
 def test_a_batch_that_shrinks_has_few_sizes_and_every_image_ends_where_it_ends_alone():
-    """Image k is done in step k: 100 sizes, of which four an octave are passed."""
+    """Image k is done in step k: 100 sizes, of which eight an octave are passed."""
     images, threat, steps = rand(100, 1, 3, 3), THREATS[0], 100
     slopes, sizes = randn(100, 1, 3, 3, seed=1), []
 
@@ -402,9 +402,9 @@ def test_a_batch_that_shrinks_has_few_sizes_and_every_image_ends_where_it_ends_a
 
     how = {"steps": steps, "rel_step": 0.05, "start": "zero"}
     together = ascend(climbing(torch.arange(100)), images, threat, **how, stopping=True, rng=rng())
-    allowed = {size for octave in range(7) for size in (2**octave, *(2**octave * k // 4 for k in (5, 6, 7)))}
-    assert len(sizes) == steps and set(sizes) <= allowed and len(set(sizes)) <= 4 * 7
-    assert max(sizes) == 112 and sum(sizes) < 1.15 * sum(range(1, 101))
+    allowed = {2**octave * k // 8 for octave in range(7) for k in range(8, 16)}
+    assert len(sizes) == steps and set(sizes) <= allowed and len(set(sizes)) <= 16 + 8 * 3
+    assert max(sizes) == 104 and sum(sizes) < 1.06 * sum(range(1, 101))
     for k in (0, 1, 3, 50, 99):
         alone = ascend(
             lambda points, k=k: (points * slopes[k]).flatten(1).sum(1), images[k : k + 1], threat,

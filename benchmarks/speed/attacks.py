@@ -59,10 +59,12 @@ QUICK: dict[str, tuple[str, ...]] = {
     "resnet18-w8 robust": ("pgd-10", "restarts-5", "curve-8"),
 }
 #: So many images at least, whatever the time: with fewer, what an evaluation costs before its first attack is all that
-#: would be measured; two chunks of 128 are one for each of two workers. Of a task on every network, or on one.
+#: would be measured, and with one chunk of 128 one of two workers has nothing to do. Of a task on every network, or of
+#: one on one network.
 LEAST: dict[str | tuple[str, str], int] = {
     "pgd-10": 256, "restarts-5": 128, "curve-8": 64, "cw": 64, "apgd-100": 64, "autoattack": 128,
-    ("small-cnn plain", "curve-8"): 256, ("small-cnn robust", "curve-8"): 256, ("small-cnn robust", "autoattack"): 512,
+    ("small-cnn plain", "curve-8"): 256, ("small-cnn robust", "curve-8"): 256, ("small-cnn robust", "autoattack"): 2048,
+    ("resnet18-w8 robust", "autoattack"): 256, ("resnet18-w64 robust", "restarts-5"): 256,
 }  # fmt: skip
 _DEAR = 32  # images on a network whose times alone count, of the peers that no bar names
 _NAMED = ("torchattacks", "art", "pyautoattack")

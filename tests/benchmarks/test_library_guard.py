@@ -15,8 +15,10 @@ import pytest
 import torch
 import torchattacks
 from scl_defense_benchmarks import art_adapter, torchattacks_adapter
-from scl_defense_benchmarks.library_guard import library_call, seeded_globals, without_logging_setup
+from scl_defense_benchmarks.library_guard import library_call, seeded_globals, without_logging_setup, worker
+from scl_defense_benchmarks.shims import LibraryNetwork
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from scl_defense.threat import ThreatModel
 
@@ -269,3 +271,39 @@ def test_listing_the_attacks_imports_no_library():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+class Heard(TorchFunctionMode):
+    """Notes the names of torch's functions that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class OwnKind(nn.Parameter):
+    """A parameter that answers torch's functions itself."""
+
+
+@pytest.mark.parametrize(("beside", "kind", "heard"), [(True, nn.Parameter, False), (False, nn.Parameter, True),
+                                                       (True, OwnKind, True)])  # fmt: skip
+def test_what_catches_draws_is_asked_about_a_pass_only_where_it_must_be(beside, kind, heard):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    network[1].weight = kind(network[1].weight.detach())
+    images = torch.rand(2, 1, 2, 2)
+    with worker() if beside else contextlib.nullcontext():
+        shim = LibraryNetwork(network, images.device)
+        inside = LibraryNetwork(shim, images.device)  # a pass inside a pass
+        with Heard() as mode:
+            expected = network(images)
+            assert "linear" in mode.names
+            mode.names.clear()
+            assert torch.equal(inside(images), expected)
+            assert ("linear" in mode.names) is heard
+            mode.names.clear()
+            torch.rand(2)  # after it, the library's own draws are caught as before
+            assert mode.names == ["rand"]
