@@ -6,7 +6,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+# The last two are torch's own means against a mode; there is no public one that leaves a network's own modes alone.
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 _SIZED = {torch.rand, torch.randn}
 _ALIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
@@ -113,12 +115,13 @@ class OwnDraws(TorchFunctionMode):
     """Inside, and in this thread alone, what torch draws comes from generators of its own instead of the global ones.
 
     The numbers are those of ``torch.manual_seed(seed)``: a generator on every device that something is drawn on, seeded
-    alike. What a library draws from NumPy or Python, or seeds by itself, is not covered.
+    alike. What a library draws from NumPy or Python, or seeds by itself, is not covered. drawn: how often it was asked.
     """
 
     def __init__(self, seed: int):
         super().__init__()
         self.seed, self.generators = seed, dict[torch.device, torch.Generator]()
+        self.drawn = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -139,7 +142,32 @@ class OwnDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _of(self, device: torch.device | str) -> torch.Generator:
+        self.drawn += 1
         device = torch.device(device)
         if device not in self.generators:
             self.generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device]
+
+
+class Unheard:
+    """Calls of a network that draws nothing, unheard by the :class:`OwnDraws` around them.
+
+    That is asked about every operation, which takes up to a seventh of a small network's time. A first call with a
+    gradient and a first one without are heard: only what was seen to draw nothing then is unheard from there on.
+    """
+
+    def __init__(self) -> None:
+        self.silent: set[bool] = set()
+
+    def __call__(self, network: Callable[[Tensor], Any], images: Tensor) -> Any:
+        mode, kind = _get_current_function_mode(), torch.is_grad_enabled() and images.requires_grad
+        if not isinstance(mode, OwnDraws):
+            return network(images)
+        if kind in self.silent:
+            with _pop_mode_temporarily():
+                return network(images)
+        before = mode.drawn
+        answer = network(images)
+        if mode.drawn == before:
+            self.silent.add(kind)
+        return answer

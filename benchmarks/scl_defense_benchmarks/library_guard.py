@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 import numpy as np
@@ -97,23 +97,6 @@ def worker() -> Iterator[None]:
         yield
     finally:
         _here.beside = False
-
-
-def draws_nothing(network: nn.Module) -> bool:
-    """Whether what catches a library's draws may step aside for a forward pass of ``network``, inside
-    :func:`library_call`: in a worker, whose network draws nothing, and if no tensor has operations of its own.
-    """
-    tensors = (*network.parameters(), *network.buffers())
-    return getattr(_here, "beside", False) and all(type(one) in (torch.Tensor, nn.Parameter) for one in tensors)
-
-
-def uncaught(stepping_aside: bool) -> AbstractContextManager[Any]:
-    """Inside, torch's functions are called without asking :class:`scl_defense.draws.OwnDraws` about every one of them,
-    which takes up to a seventh of a small network's time.
-    """
-    return (
-        torch._C.DisableTorchFunction() if stepping_aside else nullcontext()
-    )  # a new one: it cannot be nested in itself
 
 
 @contextmanager

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scl_defense.ascent import filled_up
+from scl_defense.draws import Unheard
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks.forward import check_logits, clearly_wrong, decide, logits_of
-from scl_defense_benchmarks.library_guard import draws_nothing, uncaught
 from scl_defense_benchmarks.twin import Twin
 
 WALL = 1e-2
@@ -42,11 +42,10 @@ class LibraryNetwork(nn.Module):
         super().__init__()
         self.where = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.network = network
-        self.stepping_aside = draws_nothing(network)
+        self.unheard = Unheard()
 
     def forward(self, images: Tensor) -> Tensor:
-        with uncaught(self.stepping_aside):
-            return check_logits(self.network(images.float()), len(images))
+        return check_logits(self.unheard(self.network, images.float()), len(images))
 
 
 class _UnitGradient(torch.autograd.Function):

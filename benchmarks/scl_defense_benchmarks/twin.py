@@ -112,18 +112,26 @@ def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32") -
     if _always_training(network) or not len(sample):
         return Twin(plain, precision)
     with torch.no_grad():
-        try:
-            expected = network(sample)
-            changed = copy.deepcopy(plain)
-            fold_batch_norms(changed, sample)
-            changed = changed.to(memory_format=torch.channels_last)
-            freeze_convolutions(changed)
-            found = Twin(changed, "fp32")(sample)
-            if agree(found, expected):
-                return Twin(changed, precision)
-        except Exception:  # a stranger's network: what cannot be rebuilt is attacked as it is
-            pass
+        for rearrange in (_rearranged, _folded):
+            try:
+                expected = network(sample)
+                changed = rearrange(copy.deepcopy(plain), sample)
+                if agree(Twin(changed, "fp32")(sample), expected):
+                    return Twin(changed, precision)
+            except Exception:  # a stranger's network: what cannot be rebuilt is attacked as it is
+                continue
     return Twin(plain, precision)
+
+
+def _folded(network: nn.Module, sample: Tensor) -> nn.Module:
+    fold_batch_norms(network, sample)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _rearranged(network: nn.Module, sample: Tensor) -> nn.Module:
+    changed = _folded(network, sample)
+    freeze_convolutions(changed)
+    return changed
 
 
 def again(twin: Twin, precision: Precision) -> Twin:

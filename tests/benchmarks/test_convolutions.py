@@ -37,7 +37,7 @@ def light(monkeypatch):
     monkeypatch.setattr(convolutions, "HEAVY", 1)
 
 
-SMALL_MAPS = [(3, 4, 4), (3, 2, 3), (5, 4, 4), ((3, 1), 3, 5), ((1, 5), 4, 4), (1, 4, 4)]
+SMALL_MAPS = [(3, 4, 4), (3, 2, 3), (5, 4, 4), ((3, 1), 3, 5), ((1, 5), 4, 4)]
 
 
 @pytest.mark.usefixtures("light")
@@ -112,9 +112,62 @@ def test_weights_rounded_once_are_what_autocast_rounds_them_to():
         expected = own(maps)
         frozen.round_once()
         frozen.weight.data += 1  # it is the copy that is used
-        assert torch.equal(frozen(maps), expected)
+        assert torch.equal(frozen(input=maps), expected)
+        assert torch.equal(copy.deepcopy(frozen)(maps), expected)
     frozen.weight.data = own.weight.data.clone()
     assert torch.equal(frozen(maps), own(maps))  # outside autocast the weights themselves
+
+
+@pytest.mark.usefixtures("light")
+def test_side_by_side_in_bfloat16_is_what_autocast_gives():
+    own, frozen = pair(nn.Conv2d(8, 16, 3, padding=1))
+    frozen.round_once()
+    maps = torch.randn(5, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, slope = gradient(frozen, maps, 1.0)
+        expected, exact = gradient(own, maps, 1.0)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(slope, exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_numbers_that_autocast_leaves_alone_are_left_alone(dtype):
+    own, frozen = pair(nn.Conv2d(2, 32, 3, padding=1).to(dtype))
+    frozen.round_once()
+    late = pair(nn.Conv2d(2, 32, 3, padding=1))[1]
+    late.round_once()
+    late.to(dtype)  # rounded before its weights were of that type
+    late.weight.data, late.bias.data = own.weight.data, own.bias.data
+    maps = torch.randn(3, 2, 5, 5).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(maps), own(maps)) and torch.equal(late(maps), own(maps))
+
+
+def test_other_weights_in_their_place_are_used():
+    """A member of an ensemble that shares the layers, or a weight that is made of the image."""
+    own, frozen = pair(nn.Conv2d(1, 16, 3, padding=1))
+    frozen.round_once()
+    other = {"weight": torch.randn(16, 1, 3, 3), "bias": torch.randn(16)}
+    maps = torch.randn(4, 1, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.functional_call(frozen, other, (maps,))
+        assert torch.equal(found, torch.func.functional_call(own, other, (maps,)))
+
+    def made_of_it(convolution, points):
+        weight = convolution.weight * points.square().sum()
+        return torch.func.functional_call(convolution, {"weight": weight}, (points,)).square().sum()
+
+    points = maps.requires_grad_()
+    slopes = [torch.autograd.grad(made_of_it(one, points), points)[0] for one in (own, frozen)]
+    torch.testing.assert_close(slopes[1], slopes[0])
+
+
+def test_a_network_that_cannot_have_them_is_folded_all_the_same(monkeypatch):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    monkeypatch.setattr(FrozenConv2d, "forward", lambda self, input: self.missing)
+    made = twin_of(network, torch.rand(4, 1, 8, 8))
+    assert [type(part) for part in made.modules()][2:4] == [nn.Conv2d, nn.Identity]
 
 
 def test_what_a_hook_prepares_and_subclasses_stay_as_they_are():

@@ -15,11 +15,12 @@ import pytest
 import torch
 import torchattacks
 from scl_defense_benchmarks import art_adapter, torchattacks_adapter
-from scl_defense_benchmarks.library_guard import library_call, seeded_globals, without_logging_setup, worker
+from scl_defense_benchmarks.library_guard import library_call, seeded_globals, without_logging_setup
 from scl_defense_benchmarks.shims import LibraryNetwork
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from scl_defense.draws import OwnDraws
 from scl_defense.threat import ThreatModel
 
 LINF, L2 = ThreatModel("linf", "0.1"), ThreatModel("l2", "0.5")
@@ -273,37 +274,51 @@ def test_listing_the_attacks_imports_no_library():
     assert done.returncode == 0, done.stderr
 
 
-class Heard(TorchFunctionMode):
-    """Notes the names of torch's functions that are called inside."""
+class Draws(nn.Module):
+    """A network that draws never, always, or only where its images want a gradient."""
 
-    def __init__(self):
+    def __init__(self, when):
         super().__init__()
-        self.names = []
+        self.when, self.layer = when, nn.Linear(4, 3)
 
+    def forward(self, images):
+        with Negated():  # a mode of the network's own
+            flat = torch.flatten(images, 1)
+        drawn = self.when == "always" or (self.when == "gradient" and images.requires_grad)
+        return self.layer(flat + torch.rand(flat.shape) if drawn else flat)
+
+
+class Negated(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        return -made if func is torch.flatten else made
 
 
-class OwnKind(nn.Parameter):
-    """A parameter that answers torch's functions itself."""
+@pytest.mark.parametrize("when", ["never", "always", "gradient"])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_pass_is_unheard_by_what_catches_draws_once_it_was_seen_to_draw_nothing(monkeypatch, when, wanted):
+    heard, catch = [], OwnDraws.__torch_function__
 
+    def hear(self, func, types, args=(), kwargs=None):
+        heard.append(func.__name__)
+        return catch(self, func, types, args, kwargs)
 
-@pytest.mark.parametrize(("beside", "kind", "heard"), [(True, nn.Parameter, False), (False, nn.Parameter, True),
-                                                       (True, OwnKind, True)])  # fmt: skip
-def test_what_catches_draws_is_asked_about_a_pass_only_where_it_must_be(beside, kind, heard):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    network[1].weight = kind(network[1].weight.detach())
-    images = torch.rand(2, 1, 2, 2)
-    with worker() if beside else contextlib.nullcontext():
-        shim = LibraryNetwork(network, images.device)
-        inside = LibraryNetwork(shim, images.device)  # a pass inside a pass
-        with Heard() as mode:
-            expected = network(images)
-            assert "linear" in mode.names
-            mode.names.clear()
-            assert torch.equal(inside(images), expected)
-            assert ("linear" in mode.names) is heard
-            mode.names.clear()
-            torch.rand(2)  # after it, the library's own draws are caught as before
-            assert mode.names == ["rand"]
+    monkeypatch.setattr(OwnDraws, "__torch_function__", hear)
+    network, images = Draws(when), torch.rand(2, 1, 2, 2).requires_grad_(wanted)
+    draws = when == "always" or (when == "gradient" and wanted)
+    torch.manual_seed(3)
+    expected = [network(images) for _ in range(3)] + [torch.rand(2)]
+    assert torch.equal(expected[0], expected[1]) is not draws
+    with OwnDraws(3):
+        inside = LibraryNetwork(LibraryNetwork(network, images.device), images.device)  # a pass inside a pass
+        found, passes = [], []
+        for _ in range(3):
+            heard.clear()
+            found.append(inside(images))
+            passes.append("linear" in heard)
+        assert passes == [True, draws, draws]
+        heard.clear()
+        found.append(torch.rand(2))  # the library's own draws are caught as ever
+        assert heard == ["rand"]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
