@@ -322,3 +322,15 @@ def test_a_pass_is_unheard_by_what_catches_draws_once_it_was_seen_to_draw_nothin
         assert heard == ["rand"]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_pass_without_a_gradient_says_nothing_of_one_with_it():
+    network, images = Draws("gradient"), torch.rand(2, 1, 2, 2)
+    wanting = images.clone().requires_grad_()
+    torch.manual_seed(3)
+    expected = [network(wanting) for _ in range(2)]
+    with OwnDraws(3):
+        shim = LibraryNetwork(network, images.device)
+        shim(images), shim(images)  # from here on unheard
+        for one in expected:
+            assert torch.equal(shim(wanting), one)
