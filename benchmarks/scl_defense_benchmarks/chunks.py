@@ -42,7 +42,7 @@ class Target:
     @cached_property
     def twin(self) -> Twin:
         """What every attack works on a copy of (see :class:`scl_defense_benchmarks.loans.Loan`): checked once."""
-        return twin_of(self.network, self.images[:CHECKED])
+        return twin_of(self.network, self.images[:CHECKED], steady=self.repeatable)
 
 
 @dataclass

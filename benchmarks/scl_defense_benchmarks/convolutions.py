@@ -1,10 +1,16 @@
 """A twin's convolutions, whose weights nobody trains: torch's sums up to their order, and less to pay on a CPU."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from scl_defense_benchmarks.layouts import abreast, by_parity, gathered, interleaved, spread, turned, widened
 
 #: Weights from this number on outgrow a core's cache; torch reads them anew for every map of at most so many pixels.
 #: Measured with 512 x 512 x 3 x 3 on maps of 4 x 4 (the last layers of a ResNet-18 on 32 x 32 images, three quarters of
@@ -14,6 +20,12 @@ HEAVY, SMALL = 1_000_000, 16
 #: Outputs per input of a convolution from which on its gradient to the inputs is cheaper as a matrix product, if not
 #: more than SPREAD times as many numbers come of it as go in. Measured from 1 to 16 and from 3 to 64 channels, 3 x 3.
 SPREADING, SPREAD = 16, 2
+#: Up to so many inputs a convolution of stride 2 goes back cheaper as one of stride 1 to four planes: 0.5 to 0.7 of the
+#: time in bfloat16 with 8 and 16 inputs, 0.7 in float32 with 8; with 32 and more it gains nothing or costs more.
+PLANES = {torch.bfloat16: 16, torch.float32: 8}
+#: Calling torch's one go costs some 40 us more than calling a convolution: it is worth it from so many outputs on.
+BUSY = 1 << 16
+_LAST = torch.channels_last
 _Rounded = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
@@ -21,13 +33,18 @@ class FrozenConv2d(nn.Conv2d):
     """A convolution like any other, of a network that is only attacked. Made by :func:`freeze_convolutions`.
 
     - Small maps under heavy weights are laid side by side into one wide map, with columns of zeros between them.
+    - Few outputs, forward, or few inputs, on the way back, are computed for neighbours at once: see
+      :mod:`scl_defense_benchmarks.layouts`.
     - From few inputs to many outputs (a first layer), the gradient to the inputs is one matrix product, float32 only.
     - Its weights are rounded to bfloat16 once (:meth:`round_once`), where autocast rounds them in every pass.
+    - A sum and a ReLU behind it are taken in the same go (:func:`convolved`).
 
     All of it with the weights that it was frozen with: of others, put in their place for a pass, nothing is assumed.
     """
 
     _scl_rounded: _Rounded | None = None
+    _scl_forms: dict[tuple[str, int], tuple[Tensor, int, Tensor]]
+    _scl_plans: "dict[tuple[Any, ...], _Plan]"
 
     def round_once(self) -> None:
         """Keep float32 weights in bfloat16 too, for passes under autocast."""
@@ -37,17 +54,9 @@ class FrozenConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, H', W'), as :class:`torch.nn.Conv2d`."""
-        weight, bias = self._weights(input)
-        if input.device.type == "cpu" and input.dim() == 4 and self._keeps_size(weight):
-            pixels, places = input.shape[2] * input.shape[3], weight.shape[2] * weight.shape[3]
-            if weight.numel() >= HEAVY and places > 1 and pixels <= SMALL and len(input) > 1:
-                return self._side_by_side(input, weight, bias)
-            if _spreads(weight) and _only_slopes_to(input, weight, bias):
-                made: Tensor = _FromFewInputs.apply(input, weight, bias)
-                return made
-        return self._conv_forward(input, weight, bias)
+        return convolved(self, input)
 
-    def _weights(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weights(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of this pass: the rounded ones where autocast would round the ones that they were made of."""
         if self._scl_rounded is not None and _lowered(input):
             weight, bias, rounded, rounded_bias = self._scl_rounded
@@ -55,11 +64,44 @@ class FrozenConv2d(nn.Conv2d):
                 return rounded, rounded_bias
         return self.weight, self.bias
 
-    def _keeps_size(self, weight: Tensor) -> bool:
-        """Whether the map it makes has the size of the one it reads, and zeros around it."""
-        sides = tuple(weight.shape[2:])
-        plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
-        return plain and all(side % 2 for side in sides) and self.padding == tuple(side // 2 for side in sides)
+    def form(self, kind: str, values: Tensor, make: Callable[[Tensor], Tensor], count: int = 1) -> Tensor:
+        """``make(values)`` of its weight or bias, made once for as long as they are what they were."""
+        version = 0 if values.is_inference() else values._version
+        kept = self._scl_forms.get((kind, count))
+        if kept is None or kept[0] is not values or kept[1] != version:
+            kept = self._scl_forms[kind, count] = values, version, make(values.detach())
+        return kept[2]
+
+    def plan(self, maps: Tensor, weight: Tensor) -> "_Plan":
+        """What is to be done with maps of this kind, found out once; weights of another shape are another kind."""
+        kind = (*maps.shape[1:], maps.dtype, weight.dtype, weight.shape, torch.is_autocast_enabled("cpu"))
+        plan = self._scl_plans.get(kind)
+        if plan is None:
+            self._scl_plans[kind] = plan = _Plan.of(self, maps, weight)
+            if plan.served and (plan.forward, plan.back) != (1, 1):
+                self._scl_plans[kind] = plan = self._tried(plan, maps, weight)
+        return plan
+
+    def _tried(self, plan: "_Plan", maps: Tensor, weight: Tensor) -> "_Plan":
+        """The plan, less what gives other numbers than a plain convolution in float32 on maps of this kind.
+
+        It does happen: with AMX, oneDNN 3.13 computes some bfloat16 convolutions with a stride along the row wrongly
+        (16 inputs under 1 x 4 weights, 8 under 5 x 8).
+        """
+        rng = torch.Generator().manual_seed(0)  # of its own: whoever asks is in the middle of somebody's draws
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            points = torch.randn(maps.shape, generator=rng).to(weight.dtype)
+            exact = F.conv2d(points.float(), weight.float(), None, *_sizes(plan))
+            slope = torch.randn(exact.shape, generator=rng).to(weight.dtype).contiguous(memory_format=_LAST)
+            back = _back(slope.float(), points.float(), weight.float(), plan)
+            rough = 0.02 if weight.dtype == torch.bfloat16 else 1e-4
+            kept = weight.detach()
+            if not _close(computed(self, points, None, kept, None, rectified=False, plan=plan), exact, rough):
+                plan = replace(plan, forward=1)
+            if not _close(_slope(self, points, slope, kept, plan), back, rough):
+                plan = replace(plan, back=1)
+        self._scl_forms.clear()
+        return plan
 
     def _side_by_side(self, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         count, channels, height, width = maps.shape
@@ -67,7 +109,233 @@ class FrozenConv2d(nn.Conv2d):
         rows = F.pad(maps.permute(2, 0, 3, 1), (0, 0, 0, apart - width)).reshape(1, height, count * apart, channels)
         made = self._conv_forward(rows.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
         made = made.reshape(height, count, apart, len(weight))[:, :, :width]
-        return made.permute(1, 3, 0, 2).contiguous(memory_format=torch.channels_last)
+        return made.permute(1, 3, 0, 2).contiguous(memory_format=_LAST)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is done with a kind of maps.
+
+    heavy: they are laid side by side. served: torch's one call for a convolution with what follows it takes them.
+    forward, back: how many neighbours are computed at once; back is 0 for four planes, -1 for a matrix product, -2
+    where pixels are read one by one, with others between them. sizes: padding, stride, dilation, groups. shape: of an
+    image's output.
+    """
+
+    heavy: bool
+    served: bool
+    forward: int
+    back: int
+    sizes: "_Sizes"
+    shape: tuple[int, int, int]
+
+    @property
+    def outputs(self) -> int:
+        channels, rows, columns = self.shape
+        return channels * rows * columns
+
+    @classmethod
+    def of(cls, layer: FrozenConv2d, maps: Tensor, weight: Tensor) -> "_Plan":
+        (outputs, inputs), sides, (height, width) = weight.shape[:2], tuple(weight.shape[2:]), maps.shape[2:]
+        zeros = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+        if not zeros:
+            return cls(False, False, 1, 1, ([], [], [], 1), (0, 0, 0))
+        dense = layer.dilation == (1, 1) and layer.groups == 1
+        same = dense and layer.stride == (1, 1) and all(side % 2 for side in sides)
+        same = same and layer.padding == tuple(side // 2 for side in sides)
+        half = dense and layer.stride == (2, 2) and layer.padding == (1, 1) and sides == (3, 3)
+        heavy = same and weight.numel() >= HEAVY and sides[0] * sides[1] > 1 and height * width <= SMALL
+        back = abreast(inputs, width) if same else 1
+        if same and weight.dtype == torch.float32 and _spreads(weight):
+            back = -1
+        if dense and sides == (1, 1) and layer.padding == (0, 0) and layer.stride != (1, 1):
+            back = -2
+        if half and inputs <= PLANES.get(weight.dtype, 0):
+            back = 0
+        sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        rows, columns = (
+            (size + 2 * around - by * (side - 1) - 1) // step + 1
+            for size, around, by, side, step in zip(
+                (height, width), sizes[0], layer.dilation, sides, layer.stride, strict=True
+            )
+        )
+        served = _takes(maps, weight) and _one_go_works()
+        return cls(heavy, served, abreast(outputs, width) if same else 1, back, sizes, (outputs, rows, columns))
+
+
+def convolved(
+    layer: FrozenConv2d, maps: Tensor, other: Tensor | None = None, *, rectified: bool = False, spare: bool = False
+) -> Tensor:
+    """``layer(maps)``, then ``+ other``, then ReLU: in one go where that gives the same numbers, else one by one.
+
+    maps: (N, C, H, W); other: what is added, or ``None``. In bfloat16 a sum is taken by itself: in one go it would be
+    rounded once instead of twice. spare: nobody reads ``other`` afterwards, so that it may be written over. The
+    gradient goes to ``maps`` and ``other``, never to the weights.
+    """
+    weight, bias = layer.weights(maps)
+    if maps.dim() != 4 or not _plain(maps, weight, bias):
+        return _finished(layer._conv_forward(maps, weight, bias), other, rectified)
+    plan, count = layer.plan(maps, weight), maps.shape[0]
+    if plan.heavy and count > 1:
+        return _finished(layer._side_by_side(maps, weight, bias), other, rectified)
+    small = plan.outputs * count < BUSY and (plan.back == 1 or not maps.requires_grad)
+    if small or not plan.served or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return _finished(layer._conv_forward(maps, weight, bias), other, rectified)
+    if maps.dtype != weight.dtype:
+        maps = maps.to(weight.dtype)
+    alike = other is None or (weight.dtype == other.dtype == torch.float32 and other.shape == (count, *plan.shape))
+    if other is not None and not (alike and _plain(other)):
+        return _finished(convolved(layer, maps), other, rectified)
+    if torch.is_grad_enabled() and (maps.requires_grad or (other is not None and other.requires_grad)):
+        made: Tensor = _Convolved.apply(maps, other, layer, weight, bias, rectified)
+        return made
+    return computed(layer, maps, other, weight, bias, rectified=rectified, spare=spare)
+
+
+def computed(
+    layer: FrozenConv2d,
+    maps: Tensor,
+    other: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    rectified: bool,
+    spare: bool = False,
+    plan: _Plan | None = None,
+) -> Tensor:
+    """The same without a gradient, for maps that are served."""
+    plan = plan or layer.plan(maps, weight)
+    around, stride, dilation, groups = plan.sizes
+    count = plan.forward
+    if count > 1:
+        weight = layer.form("weight", weight, lambda weight: widened(weight, count), count)
+        bias = bias if bias is None else layer.form("bias", bias, lambda bias: bias.repeat(count), count)
+        stride = [stride[0], stride[1] * count]
+    other = other if other is None else other.contiguous(memory_format=_LAST)
+    other = gathered(other, count) if other is not None and count > 1 else other
+    made = _in_one_go(maps, other, weight, bias, (around, stride, dilation, groups), rectified, spare)
+    return spread(made, count) if count > 1 else made
+
+
+def unpadded(layer: FrozenConv2d, maps: Tensor, other: Tensor | None, *, rectified: bool) -> Tensor:
+    """The same of maps whose padding is part of them, or that are cut out of larger ones: (N, C, H, W), float32."""
+    weight, bias = layer.weight, layer.bias
+    if maps.numel() < BUSY:
+        return _finished(F.conv2d(maps, weight, bias, layer.stride, 0, layer.dilation, layer.groups), other, rectified)
+    sizes = ([0, 0], list(layer.stride), list(layer.dilation), layer.groups)
+    return _in_one_go(maps, other, weight, bias, sizes, rectified, False)
+
+
+_Sizes = tuple[list[int], list[int], list[int], int]
+
+
+def _in_one_go(
+    maps: Tensor,
+    other: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: _Sizes,
+    rectified: bool,
+    spare: bool,
+) -> Tensor:
+    maps = maps.contiguous(memory_format=_LAST)
+    made: Tensor
+    if other is None:
+        made = _ALONE(maps, weight, bias, *sizes, "relu" if rectified else "none", [], "")
+    elif spare:
+        made = _INTO(other, maps, weight, bias, *sizes, "add", None, "relu" if rectified else None, [], "")
+    else:
+        made = _WITH(maps, other, weight, bias, *sizes, "add", None, "relu" if rectified else None, [], "")
+    return made
+
+
+class _Convolved(torch.autograd.Function):
+    """:func:`computed` with a gradient to its maps and to what is added."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        maps: Tensor,
+        other: Tensor | None,
+        layer: FrozenConv2d,
+        weight: Tensor,
+        bias: Tensor | None,
+        rectified: bool,
+    ) -> Tensor:
+        made = computed(layer, maps, other, weight, bias, rectified=rectified)
+        if made._is_view():  # a network may write over it, which autograd forbids for a view made in here
+            made = made.new_empty(0).set_(made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
+        context.layer, context.shape = layer, maps.shape
+        context.save_for_backward(weight, *([made] if rectified else []))
+        return made
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        weight, *made = context.saved_tensors
+        gradient = gradient.contiguous(memory_format=_LAST)
+        if made:
+            gradient = torch.ops.aten.threshold_backward(gradient, made[0], 0)
+        to_maps, to_other = context.needs_input_grad[:2]
+        # What was read is not needed, but torch asks for it to know its size: a network may have written over it.
+        maps = torch.empty(context.shape, dtype=weight.dtype, memory_format=_LAST)
+        slope = _slope(context.layer, maps, gradient, weight) if to_maps else None
+        return slope, gradient if to_other else None, None, None, None, None
+
+
+def _slope(layer: FrozenConv2d, maps: Tensor, gradient: Tensor, weight: Tensor, plan: _Plan | None = None) -> Tensor:
+    """The gradient to a convolution's inputs, by the cheapest road; all of them have gradients themselves."""
+    plan = plan or layer.plan(maps, weight)
+    around, stride = plan.sizes[:2]
+    if plan.back == -1:
+        return _as_product(gradient, weight)
+    if plan.back == -2:
+        slope = gradient.new_zeros(maps.shape).to(memory_format=_LAST)
+        slope[:, :, :: stride[0], :: stride[1]] = F.conv2d(gradient, layer.form("back", weight, turned))
+        return slope
+    if plan.back == 0:
+        planes = F.conv2d(gradient, layer.form("planes", weight, by_parity), padding=1)[:, :, 1:, 1:]
+        return interleaved(planes, *maps.shape[2:])
+    if plan.back > 1:
+        back = layer.form("back", weight, lambda weight: widened(turned(weight), plan.back), plan.back)
+        return spread(F.conv2d(gradient, back, stride=(1, plan.back), padding=tuple(around)), plan.back)
+    return _back(gradient, maps, weight, plan)
+
+
+def _back(gradient: Tensor, maps: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    """torch's own."""
+    around, stride, dilation, groups = plan.sizes
+    slope: Tensor = torch.ops.aten.convolution_backward.default(
+        gradient, maps, weight, None, stride, around, dilation, False, [0, 0], groups, [True, False, False]
+    )[0]
+    return slope
+
+
+def _sizes(plan: _Plan) -> tuple[Any, ...]:
+    """As ``F.conv2d`` takes them."""
+    around, stride, dilation, groups = plan.sizes
+    return stride, around, dilation, groups
+
+
+def _close(found: Tensor, exact: Tensor, rough: float) -> bool:
+    return bool(((found.float() - exact).abs() <= rough * exact.abs().amax()).all())
+
+
+def _as_product(gradient: Tensor, weight: Tensor) -> Tensor:
+    """An output's gradient goes, times a weight, to the input that the weight has met: plane by plane, shifted."""
+    (outputs, inputs, tall, wide), (count, _, height, width) = weight.shape, gradient.shape
+    by_place = weight.permute(2, 3, 1, 0).reshape(-1, outputs) @ gradient.permute(0, 2, 3, 1).reshape(-1, outputs).T
+    planes = by_place.view(tall * wide, inputs, count, height, width)
+    found = gradient.new_zeros(inputs, count, height + tall - 1, width + wide - 1)
+    for place, plane in enumerate(planes):
+        top, left = divmod(place, wide)
+        found[:, :, top : top + height, left : left + width] += plane
+    top, left = tall // 2, wide // 2
+    return found[:, :, top : top + height, left : left + width].transpose(0, 1)
+
+
+def _finished(made: Tensor, other: Tensor | None, rectified: bool) -> Tensor:
+    made = made if other is None else made + other
+    return F.relu(made) if rectified else made
 
 
 def _lowered(input: Tensor) -> bool:
@@ -77,38 +345,58 @@ def _lowered(input: Tensor) -> bool:
     return lower and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _plain(maps: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
+    """Whether these are torch's own tensors in a CPU's memory, under no transform."""
+    own = type(maps) is Tensor and (weight is None or type(weight) in _OWN) and (bias is None or type(bias) in _OWN)
+    here = maps.is_cpu and (weight is None or weight.is_cpu)
+    return own and here and not torch._C._are_functorch_transforms_active()
+
+
+def _takes(maps: Tensor, weight: Tensor) -> bool:
+    """Whether the numbers are float32, or what autocast makes bfloat16 of."""
+    if torch.is_autocast_enabled("cpu"):
+        return _lowered(maps) and weight.dtype == torch.bfloat16
+    return maps.dtype == weight.dtype == torch.float32
+
+
+_OWN = (Tensor, nn.Parameter)
+
+
+def _overload(name: str, kind: str) -> Any:
+    return getattr(getattr(torch.ops.mkldnn, name, None), kind, None)
+
+
+#: What torch's own compiler calls for a convolution with a sum and a ReLU behind it: into new memory, or the sum's.
+_ALONE = _overload("_convolution_pointwise", "default")
+_WITH, _INTO = _overload("_convolution_pointwise", "binary"), _overload("_convolution_pointwise_", "binary")
+
+
+@cache
+def _one_go_works() -> bool:
+    """Whether this build of torch has these calls, and they do what they are called for."""
+    if None in (_ALONE, _WITH, _INTO) or not torch.backends.mkldnn.is_available():
+        return False
+    rng = torch.Generator().manual_seed(0)  # of its own: whoever asks is in the middle of somebody's draws
+    layer = skip_init(FrozenConv2d, 2, 3, 3, padding=1).requires_grad_(False)
+    layer._scl_forms, layer._scl_plans = {}, {}
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    maps, other = torch.randn(2, 2, 4, 5, generator=rng), torch.randn(2, 3, 4, 5, generator=rng)
+    try:
+        for added in (None, other):
+            expected = _finished(layer._conv_forward(maps, layer.weight, layer.bias), added, True)
+            for spare in (False, True):
+                beside = None if added is None else added.clone(memory_format=_LAST)
+                made = computed(layer, maps, beside, layer.weight, layer.bias, rectified=True, spare=spare)
+                if not torch.allclose(made, expected, rtol=1e-4, atol=1e-5):
+                    return False
+    except (RuntimeError, TypeError):  # another release's
+        return False
+    return True
+
+
 def _spreads(weight: Tensor) -> bool:
     return len(weight) >= SPREADING * weight.shape[1] and weight[0].numel() <= SPREAD * len(weight)
-
-
-def _only_slopes_to(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a gradient is wanted for ``input`` alone, and in float32."""
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    whole = input.dtype == torch.float32 == weight.dtype and not torch.is_autocast_enabled("cpu")
-    return input.requires_grad and frozen and whole
-
-
-class _FromFewInputs(torch.autograd.Function):
-    """A convolution of stride 1 that keeps the size; its weights want no gradient."""
-
-    @staticmethod
-    def forward(context: Any, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        context.save_for_backward(weight)
-        return F.conv2d(maps, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """An output's gradient goes, times a weight, to the input that the weight has met: plane by plane, shifted."""
-        (weight,) = context.saved_tensors
-        (outputs, inputs, tall, wide), (count, _, height, width) = weight.shape, gradient.shape
-        by_place = weight.permute(2, 3, 1, 0).reshape(-1, outputs) @ gradient.permute(0, 2, 3, 1).reshape(-1, outputs).T
-        planes = by_place.view(tall * wide, inputs, count, height, width)
-        found = gradient.new_zeros(inputs, count, height + tall - 1, width + wide - 1)
-        for place, plane in enumerate(planes):
-            top, left = divmod(place, wide)
-            found[:, :, top : top + height, left : left + width] += plane
-        top, left = tall // 2, wide // 2
-        return found[:, :, top : top + height, left : left + width].transpose(0, 1), None, None
 
 
 def freeze_convolutions(network: nn.Module) -> None:
@@ -119,3 +407,4 @@ def freeze_convolutions(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is nn.Conv2d and not module._forward_pre_hooks:
             module.__class__ = FrozenConv2d
+            module._scl_forms, module._scl_plans = {}, {}

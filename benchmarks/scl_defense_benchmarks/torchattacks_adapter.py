@@ -36,7 +36,9 @@ from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
 from scl_defense_benchmarks.fields import EarlyStop, Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
 from scl_defense_benchmarks.forward import logits_of
-from scl_defense_benchmarks.library_guard import library_call
+from scl_defense_benchmarks.library_guard import library_call, with_names
+from scl_defense_benchmarks.patches import Patches
+from scl_defense_benchmarks.projections import onto_plane_linf
 from scl_defense_benchmarks.shims import (
     AllWrong,
     LibraryNetwork,
@@ -53,6 +55,8 @@ from scl_defense_benchmarks.shims import (
     pulled_back,
     smallest_success,
 )
+from scl_defense_benchmarks.squares import best_found
+from scl_defense_benchmarks.twin import Twin
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
@@ -701,6 +705,9 @@ class _FAB(torchattacks.FAB):
     """The library's steps towards one class; what they find is kept here, over all classes."""
 
     target_count, enough = 9, 0.0
+    attack_single_run_targeted = with_names(
+        torchattacks.FAB.attack_single_run_targeted, projection_linf=onto_plane_linf
+    )  # fmt: skip
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -771,14 +778,17 @@ class Square:
         padding = (0, max(side - width, 0), 0, max(side - height, 0))
         inner = _Cropped(classifier, height, width)
         settings = {"norm": _NORMS[threat.norm], "eps": threat.radius, "n_queries": self.queries}
-        made = _call(
-            lambda net: _Square(net, resc_schedule=self.queries < 5000, **settings),
-            inner if any(padding) else classifier,
-            F.pad(images, padding),
-            labels,
-            rng,
-            shim=OwnLogits,
-        )
+        # Under L2 every square rescales the whole image: there is no window to gain by.
+        remembers = isinstance(classifier, Twin) and threat.norm == "linf"
+        with classifier.remembering() if remembers else nullcontext() as patches:
+
+            def build(net: nn.Module) -> _Square:
+                attack = _Square(net, resc_schedule=self.queries < 5000, **settings)
+                attack.patches = patches
+                return attack
+
+            given = inner if any(padding) else classifier
+            made = _call(build, given, F.pad(images, padding), labels, rng, shim=OwnLogits)
         return made[:, :, :height, :width].contiguous()
 
 
@@ -802,8 +812,15 @@ class _Cropped(nn.Module):
 
 
 class _Square(torchattacks.Square):
-    """A failure is the best point tried, not the clean image; the global generators are seeded from outside."""
+    """A failure is the best point tried, not the clean image; the global generators are seeded from outside.
+
+    patches: what the network remembers the best points with.
+    """
+
+    patches: Patches | None = None
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         self.init_hyperparam(x)
+        if self.norm == "Linf":
+            return best_found(self, x, y, self.patches)
         return self.attack_single_run(x, y)[1]

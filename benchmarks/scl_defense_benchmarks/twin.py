@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from scl_defense.folding import agree, fold_batch_norms
 from scl_defense_benchmarks.battery import PlannedAttack
 from scl_defense_benchmarks.convolutions import FrozenConv2d, freeze_convolutions
+from scl_defense_benchmarks.patches import Patches
+from scl_defense_benchmarks.program import Program, hooked, program_of
 
 Precision = Literal["fp32", "bf16"]
 #: What may be asked for: ``auto`` takes bfloat16 where it is faster here and was measured to find as much.
@@ -42,9 +44,11 @@ class Twin(nn.Module):
 
     rows: Tensor | None = None
 
-    def __init__(self, network: nn.Module, precision: Precision = "fp32"):
+    def __init__(self, network: nn.Module, precision: Precision = "fp32", program: Program | None = None):
         super().__init__()
         self.network, self.precision = network, precision
+        self.program = program and program.of(network)
+        self.patches: Patches | None = None
         self.eval().requires_grad_(False)
         for module in self.modules() if precision == "bf16" else ():
             if isinstance(module, FrozenConv2d):
@@ -60,10 +64,31 @@ class Twin(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
+        forward: Any = self._program_for(images) or self.network
+        if self.patches is not None and forward is self.program and not torch.is_grad_enabled():
+            forward = self.patches
         if self.precision == "fp32":
-            return self.network(images)
+            return forward(images)
         with torch.autocast(images.device.type, torch.bfloat16):
-            return self.network(images).float()
+            return forward(images).float()
+
+    def _program_for(self, images: Tensor) -> Program | None:
+        """The program, where nobody would miss what it leaves out: hooks, and what a transform asks of every layer."""
+        if self.program is None or images.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+            return None
+        return None if hooked(self.program.modules) else self.program
+
+    @contextmanager
+    def remembering(self) -> Iterator[Patches | None]:
+        """Inside, passes without a gradient remember the images (see :mod:`scl_defense_benchmarks.patches`), for a
+        search that changes a few pixels at a time; ``None`` where that cannot be had.
+        """
+        if self.program is not None and self.precision == "fp32":
+            self.patches = Patches(self.program)
+        try:
+            yield self.patches
+        finally:
+            self.patches = None
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
@@ -104,9 +129,11 @@ def precision_of(planned: PlannedAttack, choice: Choice, device: torch.device) -
     return "+".join(kinds)
 
 
-def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32") -> Twin:
+def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32", steady: bool = True) -> Twin:
     """A twin of ``network`` (in eval mode), checked on ``sample`` (N, C, H, W): where folding or the memory order gives
     other logits, or breaks the forward pass, the twin is a plain copy.
+
+    steady: a forward pass draws nothing. Of one that does, what Python draws would be written down once for all.
     """
     plain = copy.deepcopy(network).eval()
     if _always_training(network) or not len(sample):
@@ -116,8 +143,12 @@ def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32") -
             try:
                 expected = network(sample)
                 changed = rearrange(copy.deepcopy(plain), sample)
-                if agree(Twin(changed, "fp32")(sample), expected):
-                    return Twin(changed, precision)
+                if not agree(Twin(changed, "fp32")(sample), expected):
+                    continue
+                program = program_of(changed) if steady else None
+                if program is not None and not agree(program(sample), expected):
+                    program = None
+                return Twin(changed, precision, program)
             except Exception:  # a stranger's network: what cannot be rebuilt is attacked as it is
                 continue
     return Twin(plain, precision)
@@ -136,7 +167,7 @@ def _rearranged(network: nn.Module, sample: Tensor) -> nn.Module:
 
 def again(twin: Twin, precision: Precision) -> Twin:
     """Another twin of the same network, which shares nothing with ``twin`` and need not be checked again."""
-    return Twin(copy.deepcopy(twin.network), precision)
+    return Twin(copy.deepcopy(twin.network), precision, twin.program)
 
 
 def bf16_pays(device: torch.device) -> bool:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from scl_defense_benchmarks import convolutions, twin
 from scl_defense_benchmarks.battery import plan_attacks
-from scl_defense_benchmarks.convolutions import FrozenConv2d, freeze_convolutions
+from scl_defense_benchmarks.convolutions import FrozenConv2d, convolved, freeze_convolutions
 from scl_defense_benchmarks.evaluate import evaluate
+from scl_defense_benchmarks.layouts import spread
 from scl_defense_benchmarks.twin import twin_of
 from torch import nn
 
@@ -66,7 +67,7 @@ def test_an_image_does_not_reach_its_neighbours(kernel):
     assert made[1].isnan().all()
 
 
-OTHERS = [{"stride": 2, "padding": 1}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2, "padding": 1},
+OTHERS = [{"stride": 2, "padding": 0}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2, "padding": 1},
           {"padding": 1, "padding_mode": "circular"}, {"padding": "same"}, {"padding": 2}]  # fmt: skip
 
 
@@ -87,8 +88,7 @@ def test_the_gradient_to_few_inputs_is_autograds(inputs, kernel, side):
     around = tuple(side // 2 for side in (kernel if isinstance(kernel, tuple) else (kernel, kernel)))
     own, frozen = pair(nn.Conv2d(inputs, 16 * inputs, kernel, padding=around))
     maps, weight = torch.randn(5, inputs, side, side + 1), torch.randn(5, 16 * inputs, side, side + 1)
-    assert "FromFewInputs" in frozen(maps.requires_grad_()).grad_fn.name()
-    maps = maps.detach()
+    assert frozen.plan(maps, frozen.weight).back == -1
     found, slope = gradient(frozen, maps, weight)
     expected, exact = gradient(own.double(), maps.double(), weight.double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -103,6 +103,183 @@ def test_the_gradient_to_few_inputs_has_a_gradient_itself():
         (slope,) = torch.autograd.grad(one(points).pow(3).sum(), points, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), points)[0])
     torch.testing.assert_close(found[1], found[0])
+
+
+#: (inputs, outputs, kernel, stride, padding, rows, columns), and what the plan is forward and back.
+KINDS = {
+    "8 to 8": ((8, 8, 3, 1, 1, 6, 8), 2, 2),
+    "3 to 4": ((3, 4, 3, 1, 1, 5, 8), 4, 4),
+    "16 to 2, tall": ((16, 2, (5, 3), 1, (2, 1), 6, 4), 4, 1),
+    "odd width": ((4, 4, 3, 1, 1, 6, 7), 1, 1),
+    "halved": ((8, 16, 3, 2, 1, 8, 6), 1, 0),
+    "halved, odd": ((5, 9, 3, 2, 1, 7, 9), 1, 0),
+    "halved, many": ((40, 8, 3, 2, 1, 8, 8), 1, 1),
+    "every second pixel": ((6, 12, 1, 2, 0, 8, 7), 1, -2),
+    "one to many": ((1, 16, 3, 1, 1, 6, 6), 1, -1),
+    "unpadded": ((6, 6, 3, 1, 0, 6, 6), 1, 1),
+}
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Every convolution is large enough to be taken in one go."""
+    monkeypatch.setattr(convolutions, "BUSY", 0)
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("added", "rectified"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_sum_and_a_relu_in_one_go_are_torchs_own(kind, bias, added, rectified):
+    torch.manual_seed(0)
+    (inputs, outputs, kernel, stride, padding, rows, columns), forward, back = KINDS[kind]
+    own, frozen = pair(nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=bias))
+    maps = torch.randn(5, inputs, rows, columns).contiguous(memory_format=torch.channels_last)
+    other, weight = torch.randn(2, *own(maps).shape)
+    plan = frozen.plan(maps, frozen.weight)
+    assert plan.served and (plan.forward, plan.back) == (forward, back)
+
+    def of(compute, dtype):
+        points = [value.to(dtype).requires_grad_() for value in (maps, other)]
+        made = compute(*points)
+        slopes = torch.autograd.grad((made * weight.to(dtype)).sum(), points, allow_unused=not added)
+        return [made.detach(), *slopes]
+
+    def plain(maps, other):
+        made = own.double()(maps) + (other if added else 0)
+        return made.relu() if rectified else made
+
+    found = of(
+        lambda maps, other: convolved(frozen, maps, other if added else None, rectified=rectified), torch.float32
+    )
+    for mine, exact in zip(found, of(plain, torch.float64), strict=True):
+        assert (mine is None) is (exact is None)
+        if mine is not None:
+            torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        beside = other.clone() if added else None
+        made = convolved(frozen, maps, beside, rectified=rectified)
+        assert torch.equal(made, found[0]) and (beside is None or torch.equal(beside, other))
+        torch.testing.assert_close(convolved(frozen, maps, beside, rectified=rectified, spare=True), made)
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rectified", [False, True])
+def test_in_bfloat16_it_is_what_autocast_gives(kind, rectified):
+    torch.manual_seed(0)
+    (inputs, outputs, kernel, stride, padding, rows, columns), *_ = KINDS[kind]
+    own, frozen = pair(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+    frozen.round_once()
+    maps = torch.randn(5, inputs, rows, columns)
+    other = torch.randn_like(own(maps)).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, slope = gradient(lambda points: convolved(frozen, points, other, rectified=rectified), maps, 1.0)
+        expected, exact = gradient(lambda points: finished(own(points) + other, rectified), maps, 1.0)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    torch.testing.assert_close(slope, exact, rtol=0.02, atol=0.02)
+
+
+def finished(made, rectified):
+    return made.relu() if rectified else made
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_gradient_has_a_gradient_itself(kind):
+    torch.manual_seed(0)
+    (inputs, outputs, kernel, stride, padding, rows, columns), *_ = KINDS[kind]
+    own, frozen = pair(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+    maps, found = torch.randn(2, inputs, rows, columns), []
+    for one in (lambda points: own(points).relu(), lambda points: convolved(frozen, points, rectified=True)):
+        points = maps.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(one(points).pow(3).sum(), points, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), points)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_written_to_are_laid_out_anew(kind):
+    (inputs, outputs, kernel, stride, padding, rows, columns), *_ = KINDS[kind]
+    own, frozen = pair(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+    maps = torch.randn(2, inputs, rows, columns)
+    gradient(frozen, maps, 1.0)
+    for layer in (own, frozen):
+        layer.weight.mul_(-2), layer.bias.add_(3)
+    for found, expected in zip(gradient(frozen, maps, 1.0), gradient(own, maps, 1.0), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_made_may_be_written_over(kind):
+    """As by a ReLU in place behind it, or a sum."""
+    (inputs, outputs, kernel, stride, padding, rows, columns), *_ = KINDS[kind]
+    own, frozen = pair(nn.Conv2d(inputs, outputs, kernel, stride, padding))
+    maps = torch.randn(2, inputs, rows, columns)
+    slopes = [gradient(lambda points, one=one: one(points).mul_(2).relu_(), maps, 1.0)[1] for one in (own, frozen)]
+    torch.testing.assert_close(slopes[1], slopes[0])
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize("lowered", [False, True])
+def test_a_form_that_computes_something_else_is_not_taken(monkeypatch, lowered):
+    """Some builds of oneDNN do, in bfloat16 with a stride along the row."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(convolutions, "spread", lambda maps, count: spread(maps, count).flip(3))
+    own, frozen = pair(nn.Conv2d(8, 8, 3, padding=1))
+    frozen.round_once()
+    maps = torch.randn(3, 8, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        found, expected = gradient(frozen, maps, 1.0), gradient(own, maps, 1.0)
+    assert {(plan.forward, plan.back) for plan in frozen._scl_plans.values()} == {(1, 1)}
+    for mine, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
+@pytest.mark.usefixtures("busy")
+@pytest.mark.parametrize(("inputs", "outputs", "kernel"), [(16, 4, 1), (8, 3, 5), (8, 8, 7), (64, 3, 3), (8, 1, 5)])
+def test_no_bfloat16_convolution_is_wrong(inputs, outputs, kernel):
+    """Shapes that one build of oneDNN gets wrong as neighbours at once."""
+    torch.manual_seed(0)
+    own, frozen = pair(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2))
+    frozen.round_once()
+    for count, side in ((64, 4), (5, 8)):
+        maps = torch.randn(count, inputs, side, side)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, slope = gradient(frozen, maps, 1.0)
+        exact, whole = gradient(own, maps, 1.0)
+        torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(slope, whole, rtol=0.05, atol=0.05)
+
+
+def test_a_build_without_the_one_go_does_without(monkeypatch, busy):
+    own, frozen = pair(nn.Conv2d(4, 4, 3, padding=1))
+    maps = torch.randn(3, 4, 8, 8)
+    monkeypatch.setattr(convolutions, "_one_go_works", lambda: False)
+    for found, expected in zip(gradient(frozen, maps, 1.0), gradient(own, maps, 1.0), strict=True):
+        assert torch.equal(found, expected)
+    monkeypatch.undo()
+    monkeypatch.setattr(convolutions, "_ALONE", lambda *given: maps)
+    assert not convolutions._one_go_works.__wrapped__()
+
+
+def test_asking_whether_it_works_draws_from_nobody():
+    state = torch.get_rng_state()
+    assert convolutions._one_go_works.__wrapped__() and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("busy")
+def test_transforms_of_functions_go_through():
+    own, frozen = pair(nn.Conv2d(4, 4, 3, padding=1))
+    maps = torch.randn(3, 4, 8, 8)
+    slopes = [torch.func.grad(lambda maps, one=one: convolve_relu(one, maps).sum())(maps) for one in (own, frozen)]
+    torch.testing.assert_close(slopes[1], slopes[0])
+
+
+def convolve_relu(layer, maps):
+    return convolved(layer, maps, rectified=True) if isinstance(layer, FrozenConv2d) else layer(maps).relu()
 
 
 def test_weights_rounded_once_are_what_autocast_rounds_them_to():
@@ -199,9 +376,9 @@ def test_no_verdict_changes_image_by_image(monkeypatch, precision):
             network(images)
         labels = network.eval()(images).argmax(1)
     used = []
-    side_by_side, few = FrozenConv2d._side_by_side, convolutions._FromFewInputs.backward
+    side_by_side, few = FrozenConv2d._side_by_side, convolutions._as_product
     monkeypatch.setattr(FrozenConv2d, "_side_by_side", lambda *given: used.append("wide") or side_by_side(*given))
-    monkeypatch.setattr(convolutions._FromFewInputs, "backward", lambda *given: used.append("few") or few(*given))
+    monkeypatch.setattr(convolutions, "_as_product", lambda *given: used.append("few") or few(*given))
     plan = plan_attacks(",".join(ATTACKS), host=default_host(), threat=ThreatModel("linf", "2/255"))
     found = []
     for frozen in (freeze_convolutions, lambda network: None):

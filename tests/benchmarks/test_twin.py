@@ -396,8 +396,8 @@ def test_the_twin_is_checked_once_for_a_whole_battery(network, digits, host, mon
     """A copy of it for every attack and worker, which no attack shares with another."""
     made, lent = [], []
 
-    def making(*given):
-        made.append(twin_of(*given))
+    def making(*given, **named):
+        made.append(twin_of(*given, **named))
         return made[-1]
 
     monkeypatch.setattr("scl_defense_benchmarks.chunks.twin_of", making)
