@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from scl_defense_benchmarks.layouts import abreast, by_parity, gathered, interleaved, spread, turned, widened
 
@@ -21,9 +20,9 @@ HEAVY, SMALL = 1_000_000, 16
 #: more than SPREAD times as many numbers come of it as go in. Measured from 1 to 16 and from 3 to 64 channels, 3 x 3.
 SPREADING, SPREAD = 16, 2
 #: Up to so many inputs a convolution of stride 2 goes back cheaper as one of stride 1 to four planes: 0.5 to 0.7 of the
-#: time in bfloat16 with 8 and 16 inputs, 0.7 in float32 with 8; with 32 and more it gains nothing or costs more.
+#: time in bfloat16 with 8 and 16 inputs, 0.7 in float32 with 8; with 32 and more it gains little or costs more.
 PLANES = {torch.bfloat16: 16, torch.float32: 8}
-#: Calling torch's one go costs some 40 us more than calling a convolution: it is worth it from so many outputs on.
+#: Calling torch's one go costs 25 to 40 us more than calling a convolution: it is worth it from so many outputs on.
 BUSY = 1 << 16
 _LAST = torch.channels_last
 _Rounded = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -40,10 +39,11 @@ class FrozenConv2d(nn.Conv2d):
     - A sum and a ReLU behind it are taken in the same go (:func:`convolved`).
 
     All of it with the weights that it was frozen with: of others, put in their place for a pass, nothing is assumed.
+    What is written into them through ``.data`` is not seen by what was laid out or rounded before.
     """
 
     _scl_rounded: _Rounded | None = None
-    _scl_forms: dict[tuple[str, int], tuple[Tensor, int, Tensor]]
+    _scl_forms: dict[tuple[str, int, torch.dtype], tuple[Tensor, int, Tensor]]
     _scl_plans: "dict[tuple[Any, ...], _Plan]"
 
     def round_once(self) -> None:
@@ -67,9 +67,10 @@ class FrozenConv2d(nn.Conv2d):
     def form(self, kind: str, values: Tensor, make: Callable[[Tensor], Tensor], count: int = 1) -> Tensor:
         """``make(values)`` of its weight or bias, made once for as long as they are what they were."""
         version = 0 if values.is_inference() else values._version
-        kept = self._scl_forms.get((kind, count))
+        name = kind, count, values.dtype
+        kept = self._scl_forms.get(name)
         if kept is None or kept[0] is not values or kept[1] != version:
-            kept = self._scl_forms[kind, count] = values, version, make(values.detach())
+            kept = self._scl_forms[name] = values, version, make(values.detach())
         return kept[2]
 
     def plan(self, maps: Tensor, weight: Tensor) -> "_Plan":
@@ -77,9 +78,12 @@ class FrozenConv2d(nn.Conv2d):
         kind = (*maps.shape[1:], maps.dtype, weight.dtype, weight.shape, torch.is_autocast_enabled("cpu"))
         plan = self._scl_plans.get(kind)
         if plan is None:
-            self._scl_plans[kind] = plan = _Plan.of(self, maps, weight)
+            plan = _Plan.of(self, maps, weight)
+            if len(maps) == 0:
+                return replace(plan, forward=1, back=1)
             if plan.served and (plan.forward, plan.back) != (1, 1):
-                self._scl_plans[kind] = plan = self._tried(plan, maps, weight)
+                plan = self._tried(plan, maps, weight)
+            self._scl_plans[kind] = plan
         return plan
 
     def _tried(self, plan: "_Plan", maps: Tensor, weight: Tensor) -> "_Plan":
@@ -163,14 +167,12 @@ class _Plan:
         return cls(heavy, served, abreast(outputs, width) if same else 1, back, sizes, (outputs, rows, columns))
 
 
-def convolved(
-    layer: FrozenConv2d, maps: Tensor, other: Tensor | None = None, *, rectified: bool = False, spare: bool = False
-) -> Tensor:
+def convolved(layer: FrozenConv2d, maps: Tensor, other: Tensor | None = None, *, rectified: bool = False) -> Tensor:
     """``layer(maps)``, then ``+ other``, then ReLU: in one go where that gives the same numbers, else one by one.
 
     maps: (N, C, H, W); other: what is added, or ``None``. In bfloat16 a sum is taken by itself: in one go it would be
-    rounded once instead of twice. spare: nobody reads ``other`` afterwards, so that it may be written over. The
-    gradient goes to ``maps`` and ``other``, never to the weights.
+    rounded once instead of twice. The gradient goes to ``maps`` and ``other``, never to the weights. A NaN becomes 0 by
+    the ReLU of the one go, where torch's leaves it.
     """
     weight, bias = layer.weights(maps)
     if maps.dim() != 4 or not _plain(maps, weight, bias):
@@ -189,7 +191,7 @@ def convolved(
     if torch.is_grad_enabled() and (maps.requires_grad or (other is not None and other.requires_grad)):
         made: Tensor = _Convolved.apply(maps, other, layer, weight, bias, rectified)
         return made
-    return computed(layer, maps, other, weight, bias, rectified=rectified, spare=spare)
+    return computed(layer, maps, other, weight, bias, rectified=rectified)
 
 
 def computed(
@@ -200,7 +202,6 @@ def computed(
     bias: Tensor | None,
     *,
     rectified: bool,
-    spare: bool = False,
     plan: _Plan | None = None,
 ) -> Tensor:
     """The same without a gradient, for maps that are served."""
@@ -213,7 +214,7 @@ def computed(
         stride = [stride[0], stride[1] * count]
     other = other if other is None else other.contiguous(memory_format=_LAST)
     other = gathered(other, count) if other is not None and count > 1 else other
-    made = _in_one_go(maps, other, weight, bias, (around, stride, dilation, groups), rectified, spare)
+    made = _in_one_go(maps, other, weight, bias, (around, stride, dilation, groups), rectified)
     return spread(made, count) if count > 1 else made
 
 
@@ -223,7 +224,7 @@ def unpadded(layer: FrozenConv2d, maps: Tensor, other: Tensor | None, *, rectifi
     if maps.numel() < BUSY:
         return _finished(F.conv2d(maps, weight, bias, layer.stride, 0, layer.dilation, layer.groups), other, rectified)
     sizes = ([0, 0], list(layer.stride), list(layer.dilation), layer.groups)
-    return _in_one_go(maps, other, weight, bias, sizes, rectified, False)
+    return _in_one_go(maps, other, weight, bias, sizes, rectified)
 
 
 _Sizes = tuple[list[int], list[int], list[int], int]
@@ -236,14 +237,11 @@ def _in_one_go(
     bias: Tensor | None,
     sizes: _Sizes,
     rectified: bool,
-    spare: bool,
 ) -> Tensor:
     maps = maps.contiguous(memory_format=_LAST)
     made: Tensor
     if other is None:
         made = _ALONE(maps, weight, bias, *sizes, "relu" if rectified else "none", [], "")
-    elif spare:
-        made = _INTO(other, maps, weight, bias, *sizes, "add", None, "relu" if rectified else None, [], "")
     else:
         made = _WITH(maps, other, weight, bias, *sizes, "add", None, "relu" if rectified else None, [], "")
     return made
@@ -265,7 +263,7 @@ class _Convolved(torch.autograd.Function):
         made = computed(layer, maps, other, weight, bias, rectified=rectified)
         if made._is_view():  # a network may write over it, which autograd forbids for a view made in here
             made = made.new_empty(0).set_(made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
-        context.layer, context.shape = layer, maps.shape
+        context.layer, context.shape, context.plan = layer, maps.shape, layer.plan(maps, weight)
         context.save_for_backward(weight, *([made] if rectified else []))
         return made
 
@@ -278,13 +276,15 @@ class _Convolved(torch.autograd.Function):
         to_maps, to_other = context.needs_input_grad[:2]
         # What was read is not needed, but torch asks for it to know its size: a network may have written over it.
         maps = torch.empty(context.shape, dtype=weight.dtype, memory_format=_LAST)
-        slope = _slope(context.layer, maps, gradient, weight) if to_maps else None
+        slope = _slope(context.layer, maps, gradient, weight, context.plan) if to_maps else None
         return slope, gradient if to_other else None, None, None, None, None
 
 
-def _slope(layer: FrozenConv2d, maps: Tensor, gradient: Tensor, weight: Tensor, plan: _Plan | None = None) -> Tensor:
-    """The gradient to a convolution's inputs, by the cheapest road; all of them have gradients themselves."""
-    plan = plan or layer.plan(maps, weight)
+def _slope(layer: FrozenConv2d, maps: Tensor, gradient: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+    """The gradient to a convolution's inputs, by the cheapest road; all of them have gradients themselves.
+
+    plan: the forward pass's, which was tried: autocast is over when a gradient comes back.
+    """
     around, stride = plan.sizes[:2]
     if plan.back == -1:
         return _as_product(gradient, weight)
@@ -366,28 +366,26 @@ def _overload(name: str, kind: str) -> Any:
     return getattr(getattr(torch.ops.mkldnn, name, None), kind, None)
 
 
-#: What torch's own compiler calls for a convolution with a sum and a ReLU behind it: into new memory, or the sum's.
+#: What torch's own compiler calls for a convolution with a ReLU behind it, and with a sum before that.
 _ALONE = _overload("_convolution_pointwise", "default")
-_WITH, _INTO = _overload("_convolution_pointwise", "binary"), _overload("_convolution_pointwise_", "binary")
+_WITH = _overload("_convolution_pointwise", "binary")
 
 
 @cache
 def _one_go_works() -> bool:
     """Whether this build of torch has these calls, and they do what they are called for."""
-    if None in (_ALONE, _WITH, _INTO) or not torch.backends.mkldnn.is_available():
+    if None in (_ALONE, _WITH) or not torch.backends.mkldnn.is_available():
         return False
     rng = torch.Generator().manual_seed(0)  # of its own: whoever asks is in the middle of somebody's draws
-    layer = skip_init(FrozenConv2d, 2, 3, 3, padding=1).requires_grad_(False)
-    layer._scl_forms, layer._scl_plans = {}, {}
-    for parameter in layer.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=rng))
-    maps, other = torch.randn(2, 2, 4, 5, generator=rng), torch.randn(2, 3, 4, 5, generator=rng)
+    maps, other, weight, bias = (
+        torch.randn(shape, generator=rng) for shape in ((2, 2, 4, 5), (2, 3, 4, 5), (3, 2, 3, 3), (3,))
+    )
+    sizes = ([1, 1], [1, 1], [1, 1], 1)
     try:
-        for added in (None, other):
-            expected = _finished(layer._conv_forward(maps, layer.weight, layer.bias), added, True)
-            for spare in (False, True):
-                beside = None if added is None else added.clone(memory_format=_LAST)
-                made = computed(layer, maps, beside, layer.weight, layer.bias, rectified=True, spare=spare)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for added in (None, other):
+                expected = _finished(F.conv2d(maps, weight, bias, padding=1), added, True)
+                made = _in_one_go(maps, added, weight, bias, sizes, True)
                 if not torch.allclose(made, expected, rtol=1e-4, atol=1e-5):
                     return False
     except (RuntimeError, TypeError):  # another release's

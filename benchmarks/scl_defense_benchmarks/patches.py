@@ -2,7 +2,8 @@
 
 A search by squares (Square Attack) asks thousands of times about a batch that is the last one but for a few pixels. A
 convolution carries a window on by half its kernel: of the first layers of a ResNet, which cost most, a few pixels of a
-map are left to compute; where a window reaches most of a map, the rest of the network is passed as ever.
+map are left to compute; where a window reaches most of a map, the rest of the network is passed as ever. A window of
+two pixels costs 0.56 of a pass of the small CNN, 0.73 of a ResNet-18's at width 8 and 0.81 at width 64.
 """
 
 import operator
@@ -17,7 +18,7 @@ from scl_defense_benchmarks.program import Program, Step, run
 
 #: A window on more of a map than this is not worth cutting out. 0.4, 0.55 and 0.7 cost the same to a few per cent.
 MOST = 0.55
-#: Bytes of maps that may be remembered. A ResNet-18 remembers 1.3 MiB an image of 32 x 32 at width 64, 0.2 at width 8.
+#: Bytes of maps that may be remembered. A ResNet-18 remembers 1.8 MiB an image of 32 x 32 at width 64, 0.25 at width 8.
 LIMIT = 1 << 29
 #: Operations that give each pixel from that pixel alone.
 _POINTWISE: set[Any] = {
@@ -73,18 +74,21 @@ class Patches:
     def _whole(self, images: Tensor) -> Any:
         """Pass it all and remember what a window of one pixel would not reach most of."""
         reached: dict[fx.Node, tuple[int, int]] = {self.program.images: (1, 1)}
+        depending = {self.program.images}
         values: dict[fx.Node, Any] = {self.program.images: images}
         self.known = {self.program.images: images.clone(memory_format=torch.contiguous_format)}
         for step in self.program.steps:
-            made = values[step.node] = _run(step, values)
-            size = _reach(step, values, reached, made)
+            made = values[step.node] = run(step, values)
+            if any(node in depending for node in step.node.all_input_nodes):
+                depending.add(step.node)
+            size = None if self._off else _reach(step, values, reached, depending, made)
             if size is not None and size[0] * size[1] <= MOST * made.shape[2] * made.shape[3]:
                 reached[step.node] = size
                 self.known[step.node] = made
+                if sum(value.numel() * value.element_size() for value in self.known.values()) > LIMIT:
+                    self._off, self.known = True, {}
             for node in step.over:
                 del values[node]
-        if sum(value.numel() * value.element_size() for value in self.known.values()) > LIMIT:
-            self._off, self.known = True, {}
         return fx.node.map_arg(self.program.output, values.__getitem__)
 
     def _part(self, images: Tensor, window: Window) -> Any:
@@ -99,7 +103,7 @@ class Patches:
             for node in step.node.all_input_nodes:
                 if node not in values:
                     values[node] = images if node is self.program.images else self._patched(node, *parts[node])
-            made = values[step.node] = _run(step, values)
+            made = values[step.node] = run(step, values)
             if step.node in self.known:
                 parts[step.node] = (0, 0, *made.shape[2:]), made
             for node in step.over:
@@ -112,8 +116,6 @@ class Patches:
         if step.node not in self.known:
             return None
         read = [node for node in step.node.all_input_nodes if node in self.known]
-        if not read:
-            return None
         shape = self.known[step.node].shape
         windows = [parts[node][0] for node in read]
         if step.layer is not None:
@@ -211,9 +213,12 @@ def _around(windows: list[Window], shape: torch.Size) -> Window:
 
 
 def _reach(
-    step: Step, values: dict[fx.Node, Any], reached: dict[fx.Node, tuple[int, int]], made: Any
+    step: Step, values: dict[fx.Node, Any], reached: dict[fx.Node, tuple[int, int]], depending: set[fx.Node], made: Any
 ) -> tuple[int, int] | None:
-    """How much of its map one pixel of the images reaches, for a step that can be taken on a window; else ``None``."""
+    """How much of its map one pixel of the images reaches, for a step that can be taken on a window; else ``None``.
+
+    depending: what depends on the images. A number a channel that does, as a mean over a map, is no constant.
+    """
     if not isinstance(made, Tensor) or made.dim() != 4 or made.dtype != torch.float32:
         return None
     read = step.node.all_input_nodes
@@ -235,7 +240,8 @@ def _reach(
         for node in read:
             value = values[node]
             flat = isinstance(value, Tensor) and (value.dim() == 0 or set(value.shape[-2:]) == {1})
-            if not (node in reached and value.shape[2:] == made.shape[2:]) and not (node not in reached and flat):
+            same = node in reached and value.shape[2:] == made.shape[2:]
+            if not same and (node in depending or not flat):
                 return None
     return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
@@ -244,17 +250,6 @@ def _maps(step: Step) -> fx.Node:
     """What a convolution reads."""
     node: fx.Node = step.arguments[1]
     return node
-
-
-def _run(step: Step, values: dict[fx.Node, Any]) -> Any:
-    """As :func:`run`, but nothing that may be remembered is written over."""
-    if step.named.get("spare"):
-        step = _sparing(step)
-    return run(step, values)
-
-
-def _sparing(step: Step) -> Step:
-    return Step(step.node, step.call, step.arguments, {**step.named, "spare": False}, step.layer, step.over)
 
 
 def _writes(step: Step) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 def averaged(maps: Tensor, window: int | tuple[int, int]) -> Tensor:
     """``F.avg_pool2d(maps, window)``: (N, C, H, W) -> (N, C, H / h, W / w).
 
-    torch's gradient of it is computed number by number on a channels-last map: 2.2 ms for 128 maps of 128 x 4 x 4,
-    where spreading each number over its window takes 0.2 (one thread, float32).
+    A gradient that comes back channels-first, as from behind a ``flatten``, costs torch seven times what a
+    channels-last one does: 2.0 ms for 128 maps of 128 x 4 x 4, where spreading each number over its window takes 0.5
+    (one thread, float32; 2.5 and 0.5 in bfloat16).
     """
     tall, wide = (window, window) if isinstance(window, int) else window
     whole = maps.dim() == 4 and maps.shape[2] % tall == 0 and maps.shape[3] % wide == 0

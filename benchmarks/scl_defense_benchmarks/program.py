@@ -4,6 +4,7 @@ A module's forward pass is Python: that a ReLU reads a convolution's output, and
 it. So it is run once with stand-ins in place of tensors (:mod:`torch.fx`), which write down what is asked of them.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from scl_defense_benchmarks.pooling import averaged, is_tiling
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_WRITING = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, F.relu_, torch.relu_}
+_WRITING = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,19 @@ class Program:
 
     def __init__(self, graph: fx.Graph, network: nn.Module):
         self.graph, self.network = graph, network
-        self.steps, self.modules = _steps(graph, network), list(network.modules())
+        self.steps = _steps(graph, network)
+        self._parts = [(module, tuple(module._modules.values())) for module in network.modules()]
         self.images = next(node for node in graph.nodes if node.op == "placeholder")
         self.output = next(node for node in graph.nodes if node.op == "output").args[0]
+
+    def holds(self) -> bool:
+        """Whether the network is still what was written down: the same modules in eval mode, their own ``forward``, and
+        nobody who wants to see what goes through them, for a program calls no hook.
+        """
+        for module, parts in self._parts:
+            if module.training or "forward" in module.__dict__ or tuple(module._modules.values()) != parts:
+                return False
+        return not hooked([module for module, _ in self._parts])
 
     def of(self, network: nn.Module) -> "Program":
         """The same program of a copy of the network."""
@@ -82,7 +93,8 @@ def hooked(modules: Sequence[nn.Module]) -> bool:
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
-    return bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+    everywhere = (torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks)
+    return any(everywhere) or bool(torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks)
 
 
 def program_of(network: nn.Module) -> Program | None:
@@ -91,11 +103,17 @@ def program_of(network: nn.Module) -> Program | None:
     That is a network whose Python looks at the values or the sizes of tensors, has hooks or is compiled, or one with
     no convolution to gain by. Whether it computes the same is for the caller to see.
     """
-    if hooked(list(network.modules())) or not any(isinstance(module, FrozenConv2d) for module in network.modules()):
+    modules = list(network.modules())
+    if hooked(modules) or any("forward" in module.__dict__ for module in modules):
+        return None
+    if not any(isinstance(module, FrozenConv2d) for module in modules):
         return None
     try:
-        graph = _Writer().trace(network)
-        _put_together(graph, network)
+        copied = copy.deepcopy(network)  # a forward pass may leave on its modules what a stand-in has made of it
+        graph = _Writer().trace(copied)
+        if any(isinstance(value, fx.Proxy) for module in copied.modules() for value in module.__dict__.values()):
+            return None
+        _put_together(graph, copied)
         return Program(graph, network)
     except Exception:  # a stranger's network: what cannot be written down is passed as it is
         return None
@@ -172,7 +190,9 @@ def _take_up(graph: fx.Graph, network: nn.Module, last: fx.Node, *, rectified: b
             return
         order = list(graph.nodes)
         convolution = max(sides, key=order.index)
-        other = next(side for side in top.args[:2] if side is not convolution)
+        other = next((side for side in top.args[:2] if side is not convolution), None)
+        if other is None:  # twice the same
+            return
         before.append(convolution)
     elif not _is_convolution(top, network):
         return
@@ -219,7 +239,9 @@ def _writes(node: fx.Node, network: nn.Module) -> bool:
         return bool(getattr(kind, "inplace", False))
     if node.op == "call_method":
         return str(kind).endswith("_")
-    return kind in _WRITING or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    named = str(getattr(kind, "__name__", "")).rstrip("0123456789")
+    written = named.endswith("_") and not named.endswith("__")
+    return kind in _WRITING or written or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
 def _steps(graph: fx.Graph, network: nn.Module) -> list[Step]:
@@ -229,7 +251,6 @@ def _steps(graph: fx.Graph, network: nn.Module) -> list[Step]:
             last_read[read] = node
     steps = []
     for node in graph.nodes:
-        node.meta["convolution"] = _is_convolution(node, network)
         if node.op in ("placeholder", "output"):
             continue
         over = tuple(read for read in node.all_input_nodes if last_read[read] is node)
@@ -257,17 +278,9 @@ def _step(node: fx.Node, network: nn.Module, over: tuple[fx.Node, ...]) -> Step:
     elif call is convolved:
         layer = network.get_submodule(str(node.args[0]))  # type: ignore[assignment]
         arguments = (layer, *arguments[1:])
-        named["spare"] = _is_spare(named["other"], arguments[1], over)
     elif call is F.avg_pool2d:
         call = _Pool()
     return Step(node, call, arguments, named, layer, over)
-
-
-def _is_spare(other: fx.Node | None, maps: Any, over: tuple[fx.Node, ...]) -> bool:
-    """Whether a sum may be written over what is added: fresh from a convolution, read by nobody else."""
-    if other is None or other not in over or other is maps:
-        return False
-    return other.target is convolved or bool(other.meta["convolution"])
 
 
 class _Method:

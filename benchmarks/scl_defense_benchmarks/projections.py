@@ -27,7 +27,7 @@ def onto_plane_linf(points: Tensor, normals: Tensor, offsets: Tensor) -> Tensor:
         slope = torch.where(free, weights, 0).sum(1)
         longer = (gap - torch.where(free, 0, gains).sum(1)) / slope
         longer = torch.where((slope > 0) & (longer > length), longer, length)
-        if torch.equal(longer, length):
+        if not bool((longer > length).any()):
             break
         length = longer
     length = torch.where(gap < gains.sum(1), length, torch.inf)

@@ -1,7 +1,8 @@
 """Square Attack's search under Linf: torchattacks' own, number by number, with arithmetic on the square alone.
 
-The library builds, clips and compares whole images for every query, which beside a small network costs as much as a
-third of its passes. The draws, their order and every number that is computed are the library's.
+The library builds, clips and compares whole images for every query, a tenth of a narrow ResNet's time and more beside
+passes over the squares alone. The draws, their order and every number that is computed are the library's, but
+for an image with logits that are not finite: the library loses it, here it is searched on.
 """
 
 import math
@@ -40,7 +41,7 @@ def best_found(attack: Any, images: Tensor, labels: Tensor, patches: Patches | N
         tried, clean = best[left], images[square][left]
         inside = tried[square] + change
         tried[square] = torch.min(torch.max(inside, clean - attack.eps), clean + attack.eps).clamp(0.0, 1.0)
-        if patches is not None and top >= 0 and start >= 0:
+        if patches is not None and 0 <= top <= height - side and 0 <= start <= width - side:
             patches.expected = (top, start, side, side)
         margin, loss = attack.margin_and_loss(tried, labels[left])
         lower, wrong = loss < losses[left], margin <= 0

@@ -16,7 +16,7 @@ from scl_defense.folding import agree, fold_batch_norms
 from scl_defense_benchmarks.battery import PlannedAttack
 from scl_defense_benchmarks.convolutions import FrozenConv2d, freeze_convolutions
 from scl_defense_benchmarks.patches import Patches
-from scl_defense_benchmarks.program import Program, hooked, program_of
+from scl_defense_benchmarks.program import Program, program_of
 
 Precision = Literal["fp32", "bf16"]
 #: What may be asked for: ``auto`` takes bfloat16 where it is faster here and was measured to find as much.
@@ -50,9 +50,11 @@ class Twin(nn.Module):
         self.program = program and program.of(network)
         self.patches: Patches | None = None
         self.eval().requires_grad_(False)
-        for module in self.modules() if precision == "bf16" else ():
+        for module in self.modules():
             if isinstance(module, FrozenConv2d):
-                module.round_once()
+                module._scl_forms = {}  # a copy's weights are its own
+                if precision == "bf16":
+                    module.round_once()
 
     def __getattr__(self, name: str) -> Any:
         """What an attack asks of the network beside its logits, it is answered by the copy."""
@@ -76,7 +78,7 @@ class Twin(nn.Module):
         """The program, where nobody would miss what it leaves out: hooks, and what a transform asks of every layer."""
         if self.program is None or images.device.type != "cpu" or torch._C._are_functorch_transforms_active():
             return None
-        return None if hooked(self.program.modules) else self.program
+        return self.program if self.program.holds() else None
 
     @contextmanager
     def remembering(self) -> Iterator[Patches | None]:
@@ -145,13 +147,36 @@ def twin_of(network: nn.Module, sample: Tensor, precision: Precision = "fp32", s
                 changed = rearrange(copy.deepcopy(plain), sample)
                 if not agree(Twin(changed, "fp32")(sample), expected):
                     continue
-                program = program_of(changed) if steady else None
-                if program is not None and not agree(program(sample), expected):
-                    program = None
-                return Twin(changed, precision, program)
+                return Twin(changed, precision, _program(changed, sample, expected) if steady else None)
             except Exception:  # a stranger's network: what cannot be rebuilt is attacked as it is
                 continue
     return Twin(plain, precision)
+
+
+def _program(network: nn.Module, sample: Tensor, expected: Tensor) -> Program | None:
+    """The program of ``network``, if it has its logits and its gradient: what makes or blocks a gradient of its own, as
+    a straight-through estimator or ``with torch.no_grad()`` in the forward pass, is not written down.
+    """
+    program = program_of(network)
+    try:
+        if program is None or not agree(program(sample.contiguous(memory_format=torch.channels_last)), expected):
+            return None
+        found = []
+        for forward in (network, program):
+            points = sample[:2].contiguous(memory_format=torch.channels_last).requires_grad_()
+            with torch.enable_grad():
+                logits = forward(points)
+                weights = torch.linspace(1, 2, logits.numel(), device=logits.device).view_as(logits)
+                slope = torch.autograd.grad(logits, points, weights)[0] if logits.requires_grad else None
+            found.append((logits.detach(), slope))
+        (logits, slope), (mine, own) = found
+        if slope is None or own is None:
+            return program if slope is own and agree(mine, logits) else None
+        scale = slope.abs().amax().clamp(min=1e-12)
+        same = agree(mine, logits) and bool(((own - slope).abs() <= 1e-3 * scale).all())
+        return program if same else None
+    except Exception:  # a stranger's network: its program is no better than its forward pass
+        return None
 
 
 def _folded(network: nn.Module, sample: Tensor) -> nn.Module:

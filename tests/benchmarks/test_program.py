@@ -109,9 +109,10 @@ def test_in_bfloat16_its_logits_are_the_networks():
     for kind in KINDS:
         images = torch.rand(6, 3, 8, 8)
         twin = twin_of(made(kind), images, "bf16")
-        with torch.no_grad():
-            found, twin.program = twin(images), None
-            assert torch.equal(found, twin(images))
+        (logits, slope), twin.program = logits_and_slope(twin, images), None
+        expected, exact = logits_and_slope(twin, images)
+        assert torch.equal(logits, expected)
+        torch.testing.assert_close(slope, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
@@ -127,10 +128,24 @@ def test_whoever_hooks_a_layer_is_called(hook):
     assert calls and logits_and_slope(twin, images) and len(calls) == 1
 
 
+class Rounded(torch.autograd.Function):
+    """Rounds, and lets gradients through: what many defences do, and attacks on them rely on."""
+
+    @staticmethod
+    def forward(context, maps):
+        return torch.round(maps * 8) / 8
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient
+
+
 class Looks(nn.Module):
     def __init__(self, how):
         super().__init__()
-        self.how, self.layer = how, nn.Conv2d(3, 4, 3, padding=1)
+        self.how, self.layer, self.act = how, nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+        if how == "its own forward":
+            self.act.forward = F.softplus
 
     def forward(self, images):
         maps = F.relu(self.layer(images))
@@ -138,16 +153,87 @@ class Looks(nn.Module):
             maps = maps * 2
         if self.how == "sizes":
             maps = maps * len(images)
+        if self.how == "straight through":
+            maps = Rounded.apply(maps)
+        if self.how == "straight through, by hand":
+            with torch.no_grad():
+                away = torch.round(maps * 8) / 8 - maps
+            maps = maps + away
+        if self.how == "its own forward":
+            maps = self.act(maps - 0.2)
+        if self.how == "kept":
+            self.kept = maps
+        if self.how == "blocked":
+            with torch.no_grad():
+                share = maps.sigmoid()
+            maps = maps * share
         if self.how == "nowhere":
             maps = maps + torch.zeros(4, 1, 1)
         return maps.mean((2, 3))
 
 
-@pytest.mark.parametrize("how", ["values", "sizes", "nowhere"])
+@pytest.mark.parametrize("how", [
+    "values", "sizes", "nowhere", "blocked", "straight through", "straight through, by hand", "its own forward", "kept",
+])  # fmt: skip
 def test_what_cannot_be_written_down_is_passed_as_it_is(how):
     network, images = Looks(how).eval(), torch.rand(4, 3, 8, 8)
     twin = twin_of(network, images)
     assert twin.program is None
+    for found, expected in zip(logits_and_slope(twin, images), logits_and_slope(network, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if how == "kept":
+        assert torch.is_tensor(twin.network.kept)
+
+
+CHANGES = {
+    "another layer": lambda network: setattr(network, "pool", nn.MaxPool2d(2)),
+    "training": lambda network: network.block.drop.train(),
+    "a forward of its own": lambda network: setattr(network.pool, "forward", lambda maps: F.max_pool2d(maps, 2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_an_attack_changes_in_its_twin_is_passed(change):
+    images = torch.rand(6, 3, 8, 8)
+    twin = twin_of(made("in place"), images)
+    with torch.no_grad():
+        before = twin(images)
+        CHANGES[change](twin.network)
+        torch.manual_seed(0)
+        found = twin(images)
+        torch.manual_seed(0)
+        assert torch.equal(found, twin.network(images.contiguous(memory_format=torch.channels_last)))
+    assert not torch.allclose(found, before)
+
+
+def test_what_is_written_into_its_weights_is_passed_by_a_copy():
+    images = torch.rand(6, 3, 8, 8)
+    twin = twin_of(made("functions"), images)
+    with torch.no_grad():
+        twin(images)
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+        copied = again(twin, "fp32")
+        found, copied.program = copied(images), None
+        torch.testing.assert_close(found, copied(images), rtol=1e-4, atol=1e-5)
+
+
+def test_what_drops_nothing_may_be_read_again():
+    """In eval mode dropout hands on its input itself: a sum must not be written over it."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, images):
+            maps = F.relu(self.first(images))
+            dropped = F.dropout(maps, 0.3, self.training)
+            return F.relu(self.second(dropped) + maps).mean((2, 3))
+
+    network, images = Twice().eval(), torch.rand(70, 3, 4, 4)
+    twin = twin_of(network, images[:4])
+    assert twin.program is not None
     with torch.no_grad():
         torch.testing.assert_close(twin(images), network(images), rtol=1e-4, atol=1e-5)
 
