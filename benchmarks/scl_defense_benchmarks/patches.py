@@ -44,7 +44,7 @@ class Patches:
         self.known: dict[fx.Node, Tensor] = {}
         self._asked: dict[fx.Node, _Part] = {}
         self.expected: Window | None = None
-        self._off = any(_writes(step) for step in program.steps)
+        self._off = program.writes
 
     def __call__(self, images: Tensor) -> Any:
         if self._off:
@@ -120,7 +120,7 @@ class Patches:
         windows = [parts[node][0] for node in read]
         if step.layer is not None:
             windows[0] = _reached(step.layer, parts[_maps(step)][0], shape)
-        window = _around(windows, shape)
+        window = _around(windows)
         if window[2] * window[3] > MOST * shape[2] * shape[3]:
             return None
         if step.layer is None:
@@ -204,7 +204,7 @@ def _reached(layer: Any, window: Window, shape: torch.Size) -> Window:
     return min(max(top, 0), shape[2] - height), min(max(left, 0), shape[3] - width), height, width
 
 
-def _around(windows: list[Window], shape: torch.Size) -> Window:
+def _around(windows: list[Window]) -> Window:
     """The smallest window around all of them."""
     top, left = min(window[0] for window in windows), min(window[1] for window in windows)
     end = max(window[0] + window[2] for window in windows)
@@ -250,12 +250,3 @@ def _maps(step: Step) -> fx.Node:
     """What a convolution reads."""
     node: fx.Node = step.arguments[1]
     return node
-
-
-def _writes(step: Step) -> bool:
-    inplace = getattr(step.call, "inplace", False) or step.named.get("inplace", False) or "out" in step.named
-    name = getattr(step.call, "name", getattr(step.call, "__name__", ""))
-    return bool(inplace) or (isinstance(name, str) and name.endswith("_") and not name.endswith("__")) or name in _OVER
-
-
-_OVER = {"iadd", "isub", "imul", "itruediv", "setitem"}

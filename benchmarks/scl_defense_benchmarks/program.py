@@ -43,12 +43,13 @@ class Program:
     """The operations of a network in eval mode, to be run instead of its ``forward``. Made by :func:`program_of`.
 
     Values are let go as soon as nobody reads them any more. It holds the network's own modules and reads their weights
-    in every pass; hooks on modules are not called (see :func:`hooked`).
+    in every pass; hooks on modules are not called (see :func:`hooked`). writes: an operation writes over a value.
     """
 
     def __init__(self, graph: fx.Graph, network: nn.Module):
         self.graph, self.network = graph, network
         self.steps = _steps(graph, network)
+        self.writes = any(_writes(node, network) for node in graph.nodes)
         self._parts = [(module, tuple(module._modules.values())) for module in network.modules()]
         self.images = next(node for node in graph.nodes if node.op == "placeholder")
         self.output = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -143,9 +144,7 @@ class _Writer(fx.Tracer):
             for module in told:
                 del module.__dict__["forward"]
         self.create_node("output", "output", (self.create_arg(output),), {})
-        if (
-            len(self.tensor_attrs) > known
-        ):  # made by the forward pass from no input: who knows if it is the same the next time
+        if len(self.tensor_attrs) > known:  # made from no input: who knows if it is the same the next time
             raise ValueError("a tensor out of nowhere")
         return self.graph
 
