@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from types import FunctionType
 from typing import Any, TextIO
 
 import numpy as np
@@ -47,17 +46,6 @@ def library_call(*modules: nn.Module, rng: torch.Generator) -> Iterator[None]:
         return
     with frozen(*modules), seeded_globals(seed), torch.enable_grad(), _silence(), _logging_kept():
         yield
-
-
-def with_names(function: Any, **names: Any) -> Any:
-    """A library's function that finds ``names`` in place of its module's own; the module stays as it is."""
-    return FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
 
 
 @contextmanager

@@ -34,11 +34,11 @@ from scl_defense.errors import UserError
 from scl_defense.guard import frozen
 from scl_defense.threat import ThreatModel
 from scl_defense.types import Field, component
+from scl_defense_benchmarks.boundary import nearest_found
 from scl_defense_benchmarks.fields import EarlyStop, Limit, Queries, RandomStart, RelStep, Restarts, Steps, Targets
 from scl_defense_benchmarks.forward import logits_of
-from scl_defense_benchmarks.library_guard import library_call, with_names
+from scl_defense_benchmarks.library_guard import library_call
 from scl_defense_benchmarks.patches import Patches
-from scl_defense_benchmarks.projections import onto_plane_linf
 from scl_defense_benchmarks.shims import (
     AllWrong,
     LibraryNetwork,
@@ -705,49 +705,26 @@ class _FAB(torchattacks.FAB):
     """The library's steps towards one class; what they find is kept here, over all classes."""
 
     target_count, enough = 9, 0.0
-    attack_single_run_targeted = with_names(
-        torchattacks.FAB.attack_single_run_targeted, projection_linf=onto_plane_linf
-    )  # fmt: skip
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        self.images, self.labels, self.last = images, labels, images.clone()
-        self.nearest, self.distance = images.clone(), torch.full((len(images),), torch.inf, device=images.device)
-        self.seen = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        classes = self.get_logits(images).shape[1]
-        self.multi_targeted = True
-        for rank in range(2, 2 + min(self.target_count, classes - 1)):
-            self.target_class = rank
-            self.left = (self.distance > self.enough).nonzero().squeeze(1)
-            if len(self.left) == 0:
+        column = (-1, 1, 1, 1)
+        nearest, self.last = images.clone(), images.clone()
+        distance = torch.full((len(images),), torch.inf, device=images.device)
+        seen = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        logits = self.get_logits(images)
+        order, right = logits.argsort(1), logits.argmax(1) == labels
+        for rank in range(2, 2 + min(self.target_count, logits.shape[1] - 1)):
+            left = (right & (distance > self.enough)).nonzero().squeeze(1)
+            if len(left) == 0:
                 break
-            self.rows, self.current = None, images.clone()
-            self.attack_single_run_targeted(images[self.left], labels[self.left])
-            tried = (self.current != images).flatten(1).any(1) & self.seen  # without a slope it moves by rounding alone
-            self.last = torch.where(tried.view(-1, 1, 1, 1), self.current, self.last)
-        return self.nearest
-
-    def get_diff_logits_grads_batch_targeted(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-        df, dg = super().get_diff_logits_grads_batch_targeted(*given)
-        largest = dg.flatten(1).abs().amax(1)
-        self.seen[self.rows] |= (largest > 0) & largest.isfinite()
-        return df, dg
-
-    def _get_predicted_label(self, x: Tensor) -> Tensor:
-        """The library asks for the labels of the images once, and then of every iterate: the hook on its loop."""
-        if self.rows is None:
-            predicted = super()._get_predicted_label(x)
-            self.rows = self.left[predicted == self.labels[self.left]]  # it goes on with these alone
-            return predicted
-        rows = self.rows
-        predicted = super()._get_predicted_label(x)
-        away = (x - self.images[rows]).flatten(1)
-        distance = away.abs().amax(1) if self.norm == "Linf" else away.norm(dim=1)
-        better = (predicted != self.labels[rows]) & (distance < self.distance[rows])
-        self.distance[rows] = torch.where(better, distance, self.distance[rows])
-        self.nearest[rows] = torch.where(better.view(-1, 1, 1, 1), x, self.nearest[rows])
-        self.current[rows] = finite_or(self.current[rows], x)
-        return predicted
+            found = nearest_found(self, images[left], labels[left], order[left, -rank])
+            nearer = found.distance < distance[left]
+            distance[left[nearer]], nearest[left[nearer]] = found.distance[nearer], found.nearest[nearer]
+            seen[left] |= found.seen  # without a slope it moves by rounding alone
+            tried = (found.last != images[left]).flatten(1).any(1) & seen[left]
+            self.last[left] = torch.where(tried.view(column), found.last, self.last[left])
+        return nearest
 
 
 @component

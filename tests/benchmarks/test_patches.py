@@ -1,18 +1,14 @@
-"""Passes over what has changed, and the two searches that are our own rewriting of a library's."""
+"""Passes over what has changed, and the search by squares that is our own rewriting of a library's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchattacks
 from scl_defense_benchmarks import patches as module
 from scl_defense_benchmarks.autoattack import AutoAttack
-from scl_defense_benchmarks.library_guard import with_names
 from scl_defense_benchmarks.patches import Patches
-from scl_defense_benchmarks.projections import onto_plane_linf
-from scl_defense_benchmarks.torchattacks_adapter import _FAB, Square, _Square
+from scl_defense_benchmarks.torchattacks_adapter import Square, _Square
 from scl_defense_benchmarks.twin import twin_of
 from torch import nn
-from torchattacks.attacks import fab as library_fab
 
 from scl_defense.models import Network
 from scl_defense.plugins import default_host
@@ -182,50 +178,3 @@ def test_a_search_remembers_in_a_twins_hands_alone(monkeypatch):
     tiny = ThreatModel("linf", "0.0001")  # so that some stand until the squares
     AutoAttack(steps=2, targets=1, queries=5)(twin, images, labels, tiny, torch.Generator().manual_seed(0))
     assert passed and twin.patches is None
-
-
-@pytest.mark.parametrize("far", [0.0, 0.02, 0.1, 0.5, 4.0])
-@pytest.mark.parametrize("size", [1, 7, 300])
-def test_a_projection_without_sorting_is_torchattacks_own(far, size):
-    rng = torch.Generator().manual_seed(size)
-    points = torch.rand(40, size, generator=rng).round(decimals=2)  # equal rooms, and some pixels on their walls
-    normals = torch.randn(40, size, generator=rng) * torch.rand(40, size, generator=rng) ** 3
-    normals[:, ::5] *= torch.rand(40, 1, generator=rng) < 0.5  # zeros in some
-    aims = points + far * (torch.rand(40, size, generator=rng) - 0.5)
-    offsets = (normals * aims).sum(1)
-    kept = [value.clone() for value in (points, normals, offsets)]
-    found = onto_plane_linf(points, normals, offsets)
-    torch.testing.assert_close(found, library_fab.projection_linf(points, normals, offsets), rtol=1e-4, atol=2e-6)
-    assert all(map(torch.equal, (points, normals, offsets), kept))
-
-
-def test_a_projection_lands_on_the_plane_by_the_shortest_way():
-    """Against bisection in float64 on the length of the move."""
-    rng = torch.Generator().manual_seed(0)
-    points, normals = torch.rand(30, 50, generator=rng).double(), torch.randn(30, 50, generator=rng).double()
-    offsets = (normals * torch.rand(30, 50, generator=rng)).sum(1)  # a point of the box lies on every plane
-    moves = onto_plane_linf(points, normals, offsets)
-    torch.testing.assert_close((normals * (points + moves)).sum(1), offsets)
-    assert ((points + moves) >= -1e-12).all() and ((points + moves) <= 1 + 1e-12).all()
-    side = torch.sign(offsets - (normals * points).sum(1))[:, None] * torch.sign(normals)
-    low, high = torch.zeros(30, 1).double(), torch.ones(30, 1).double()
-    for _ in range(60):
-        middle = (low + high) / 2
-        reached = (normals * (points + middle * side).clamp(0, 1)).sum(1, keepdim=True)
-        short = (reached - offsets[:, None]).sign() * (offsets - (normals * points).sum(1))[:, None].sign() < 0
-        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-    torch.testing.assert_close(moves.abs().amax(1, keepdim=True), high, rtol=1e-9, atol=1e-9)
-
-
-def test_a_projection_of_what_is_not_finite_is_nothing_worse():
-    points, offsets = torch.rand(3, 6), torch.tensor([torch.nan, torch.inf, 1.0])
-    moves = onto_plane_linf(points, torch.zeros(3, 6), offsets)
-    assert (moves == 0).all()
-
-
-def test_a_librarys_function_is_changed_for_us_alone():
-    ours = with_names(torchattacks.FAB.attack_single_run_targeted, projection_linf=onto_plane_linf)
-    assert ours.__globals__["projection_linf"] is onto_plane_linf
-    assert library_fab.projection_linf is torchattacks.FAB.attack_single_run_targeted.__globals__["projection_linf"]
-    assert library_fab.projection_linf is not onto_plane_linf
-    assert _FAB.attack_single_run_targeted.__globals__["projection_linf"] is onto_plane_linf
