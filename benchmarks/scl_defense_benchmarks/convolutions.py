@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scl_defense_benchmarks.layouts import abreast, by_parity, gathered, interleaved, spread, turned, widened
+from scl_defense_benchmarks.kernels import PIXELS, PLAIN, PLANES, PRODUCT, Sizes, called, in_one_go, slope
+from scl_defense_benchmarks.layouts import abreast, by_parity, turned, widened
 
 #: Weights from this number on outgrow a core's cache; torch reads them anew for every map of at most so many pixels.
 #: Measured with 512 x 512 x 3 x 3 on maps of 4 x 4 (the last layers of a ResNet-18 on 32 x 32 images, three quarters of
@@ -21,7 +22,7 @@ HEAVY, SMALL = 1_000_000, 16
 SPREADING, SPREAD = 16, 2
 #: Up to so many inputs a convolution of stride 2 goes back cheaper as one of stride 1 to four planes: 0.5 to 0.7 of the
 #: time in bfloat16 with 8 and 16 inputs, 0.7 in float32 with 8; with 32 and more it gains little or costs more.
-PLANES = {torch.bfloat16: 16, torch.float32: 8}
+BY_PLANES = {torch.bfloat16: 16, torch.float32: 8}
 #: Calling torch's one go costs 25 to 40 us more than calling a convolution: it is worth it from so many outputs on.
 BUSY = 1 << 16
 _LAST = torch.channels_last
@@ -44,7 +45,7 @@ class FrozenConv2d(nn.Conv2d):
 
     _scl_rounded: _Rounded | None = None
     _scl_forms: dict[tuple[str, int, torch.dtype], tuple[Tensor, int, Tensor]]
-    _scl_plans: "dict[tuple[Any, ...], _Plan]"
+    _scl_plans: "dict[tuple[Any, ...], Plan]"
 
     def round_once(self) -> None:
         """Keep float32 weights in bfloat16 too, for passes under autocast."""
@@ -73,12 +74,30 @@ class FrozenConv2d(nn.Conv2d):
             kept = self._scl_forms[name] = values, version, make(values.detach())
         return kept[2]
 
-    def plan(self, maps: Tensor, weight: Tensor) -> "_Plan":
+    def forward_form(self, weight: Tensor, bias: Tensor | None, plan: "Plan") -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for so many neighbours at once as the plan says."""
+        count = plan.forward
+        if count == 1:
+            return weight, bias
+        laid = bias if bias is None else self.form("bias", bias, lambda bias: bias.repeat(count), count)
+        return self.form("weight", weight, lambda weight: widened(weight, count), count), laid
+
+    def back_form(self, weight: Tensor, plan: "Plan") -> Tensor:
+        """What the plan's road back takes of the weight."""
+        if plan.back == PIXELS:
+            return self.form("back", weight, turned)
+        if plan.back == PLANES:
+            return self.form("planes", weight, by_parity)
+        if plan.back > 1:
+            return self.form("back", weight, lambda weight: widened(turned(weight), plan.back), plan.back)
+        return weight
+
+    def plan(self, maps: Tensor, weight: Tensor) -> "Plan":
         """What is to be done with maps of this kind, found out once; weights of another shape are another kind."""
         kind = (*maps.shape[1:], maps.dtype, weight.dtype, weight.shape, torch.is_autocast_enabled("cpu"))
         plan = self._scl_plans.get(kind)
         if plan is None:
-            plan = _Plan.of(self, maps, weight)
+            plan = Plan.of(self, maps, weight)
             if len(maps) == 0:
                 return replace(plan, forward=1, back=1)
             if plan.served and (plan.forward, plan.back) != (1, 1):
@@ -86,7 +105,7 @@ class FrozenConv2d(nn.Conv2d):
             self._scl_plans[kind] = plan
         return plan
 
-    def _tried(self, plan: "_Plan", maps: Tensor, weight: Tensor) -> "_Plan":
+    def _tried(self, plan: "Plan", maps: Tensor, weight: Tensor) -> "Plan":
         """The plan, less what gives other numbers than a plain convolution in float32 on maps of this kind.
 
         It does happen: with AMX, oneDNN 3.13 computes some bfloat16 convolutions with a stride along the row wrongly
@@ -96,13 +115,13 @@ class FrozenConv2d(nn.Conv2d):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             points = torch.randn(maps.shape, generator=rng).to(weight.dtype)
             exact = F.conv2d(points.float(), weight.float(), None, *_sizes(plan))
-            slope = torch.randn(exact.shape, generator=rng).to(weight.dtype).contiguous(memory_format=_LAST)
-            back = _back(slope.float(), points.float(), weight.float(), plan)
-            rough = 0.02 if weight.dtype == torch.bfloat16 else 1e-4
+            gradient = torch.randn(exact.shape, generator=rng).to(weight.dtype).contiguous(memory_format=_LAST)
             kept = weight.detach()
+            back = _slope(self, points.float(), gradient.float(), kept.float(), replace(plan, back=PLAIN))
+            rough = 0.02 if weight.dtype == torch.bfloat16 else 1e-4
             if not _close(computed(self, points, None, kept, None, rectified=False, plan=plan), exact, rough):
                 plan = replace(plan, forward=1)
-            if not _close(_slope(self, points, slope, kept, plan), back, rough):
+            if not _close(_slope(self, points, gradient, kept, plan), back, rough):
                 plan = replace(plan, back=1)
         self._scl_forms.clear()
         return plan
@@ -117,7 +136,7 @@ class FrozenConv2d(nn.Conv2d):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is done with a kind of maps.
 
     heavy: they are laid side by side. served: torch's one call for a convolution with what follows it takes them.
@@ -130,7 +149,7 @@ class _Plan:
     served: bool
     forward: int
     back: int
-    sizes: "_Sizes"
+    sizes: Sizes
     shape: tuple[int, int, int]
 
     @property
@@ -139,7 +158,7 @@ class _Plan:
         return channels * rows * columns
 
     @classmethod
-    def of(cls, layer: FrozenConv2d, maps: Tensor, weight: Tensor) -> "_Plan":
+    def of(cls, layer: FrozenConv2d, maps: Tensor, weight: Tensor) -> "Plan":
         (outputs, inputs), sides, (height, width) = weight.shape[:2], tuple(weight.shape[2:]), maps.shape[2:]
         zeros = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
         if not zeros:
@@ -151,11 +170,11 @@ class _Plan:
         heavy = same and weight.numel() >= HEAVY and sides[0] * sides[1] > 1 and height * width <= SMALL
         back = abreast(inputs, width) if same else 1
         if same and weight.dtype == torch.float32 and _spreads(weight):
-            back = -1
+            back = PRODUCT
         if dense and sides == (1, 1) and layer.padding == (0, 0) and layer.stride != (1, 1):
-            back = -2
-        if half and inputs <= PLANES.get(weight.dtype, 0):
-            back = 0
+            back = PIXELS
+        if half and inputs <= BY_PLANES.get(weight.dtype, 0):
+            back = PLANES
         sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
         rows, columns = (
             (size + 2 * around - by * (side - 1) - 1) // step + 1
@@ -175,23 +194,28 @@ def convolved(layer: FrozenConv2d, maps: Tensor, other: Tensor | None = None, *,
     the ReLU of the one go, where torch's leaves it.
     """
     weight, bias = layer.weights(maps)
-    if maps.dim() != 4 or not _plain(maps, weight, bias):
+    if maps.dim() != 4 or not plain(maps, weight, bias):
         return _finished(layer._conv_forward(maps, weight, bias), other, rectified)
     plan, count = layer.plan(maps, weight), maps.shape[0]
     if plan.heavy and count > 1:
         return _finished(layer._side_by_side(maps, weight, bias), other, rectified)
-    small = plan.outputs * count < BUSY and (plan.back == 1 or not maps.requires_grad)
-    if small or not plan.served or weight.requires_grad or (bias is not None and bias.requires_grad):
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or not plan.served or is_small(plan, count, maps.requires_grad):
         return _finished(layer._conv_forward(maps, weight, bias), other, rectified)
     if maps.dtype != weight.dtype:
         maps = maps.to(weight.dtype)
     alike = other is None or (weight.dtype == other.dtype == torch.float32 and other.shape == (count, *plan.shape))
-    if other is not None and not (alike and _plain(other)):
+    if other is not None and not (alike and plain(other)):
         return _finished(convolved(layer, maps), other, rectified)
     if torch.is_grad_enabled() and (maps.requires_grad or (other is not None and other.requires_grad)):
         made: Tensor = _Convolved.apply(maps, other, layer, weight, bias, rectified)
         return made
     return computed(layer, maps, other, weight, bias, rectified=rectified)
+
+
+def is_small(plan: Plan, count: int, sloping: bool) -> bool:
+    """Whether calling torch's one go for so many maps costs more than it gains. sloping: they have a gradient."""
+    return plan.outputs * count < BUSY and (plan.back == PLAIN or not sloping)
 
 
 def computed(
@@ -202,20 +226,13 @@ def computed(
     bias: Tensor | None,
     *,
     rectified: bool,
-    plan: _Plan | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
     """The same without a gradient, for maps that are served."""
     plan = plan or layer.plan(maps, weight)
-    around, stride, dilation, groups = plan.sizes
-    count = plan.forward
-    if count > 1:
-        weight = layer.form("weight", weight, lambda weight: widened(weight, count), count)
-        bias = bias if bias is None else layer.form("bias", bias, lambda bias: bias.repeat(count), count)
-        stride = [stride[0], stride[1] * count]
-    other = other if other is None else other.contiguous(memory_format=_LAST)
-    other = gathered(other, count) if other is not None and count > 1 else other
-    made = _in_one_go(maps, other, weight, bias, (around, stride, dilation, groups), rectified)
-    return spread(made, count) if count > 1 else made
+    weight, bias = layer.forward_form(weight, bias, plan)
+    made: Tensor = called(in_one_go, maps, other, weight, bias, plan.sizes, plan.forward, rectified)
+    return made
 
 
 def unpadded(layer: FrozenConv2d, maps: Tensor, other: Tensor | None, *, rectified: bool) -> Tensor:
@@ -224,26 +241,7 @@ def unpadded(layer: FrozenConv2d, maps: Tensor, other: Tensor | None, *, rectifi
     if maps.numel() < BUSY:
         return _finished(F.conv2d(maps, weight, bias, layer.stride, 0, layer.dilation, layer.groups), other, rectified)
     sizes = ([0, 0], list(layer.stride), list(layer.dilation), layer.groups)
-    return _in_one_go(maps, other, weight, bias, sizes, rectified)
-
-
-_Sizes = tuple[list[int], list[int], list[int], int]
-
-
-def _in_one_go(
-    maps: Tensor,
-    other: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    sizes: _Sizes,
-    rectified: bool,
-) -> Tensor:
-    maps = maps.contiguous(memory_format=_LAST)
-    made: Tensor
-    if other is None:
-        made = _ALONE(maps, weight, bias, *sizes, "relu" if rectified else "none", [], "")
-    else:
-        made = _WITH(maps, other, weight, bias, *sizes, "add", None, "relu" if rectified else None, [], "")
+    made: Tensor = called(in_one_go, maps, other, weight, bias, sizes, 1, rectified)
     return made
 
 
@@ -276,41 +274,21 @@ class _Convolved(torch.autograd.Function):
         to_maps, to_other = context.needs_input_grad[:2]
         # What was read is not needed, but torch asks for it to know its size: a network may have written over it.
         maps = torch.empty(context.shape, dtype=weight.dtype, memory_format=_LAST)
-        slope = _slope(context.layer, maps, gradient, weight, context.plan) if to_maps else None
-        return slope, gradient if to_other else None, None, None, None, None
+        found = _slope(context.layer, maps, gradient, weight, context.plan) if to_maps else None
+        return found, gradient if to_other else None, None, None, None, None
 
 
-def _slope(layer: FrozenConv2d, maps: Tensor, gradient: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+def _slope(layer: FrozenConv2d, maps: Tensor, gradient: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """The gradient to a convolution's inputs, by the cheapest road; all of them have gradients themselves.
 
     plan: the forward pass's, which was tried: autocast is over when a gradient comes back.
     """
-    around, stride = plan.sizes[:2]
-    if plan.back == -1:
-        return _as_product(gradient, weight)
-    if plan.back == -2:
-        slope = gradient.new_zeros(maps.shape).to(memory_format=_LAST)
-        slope[:, :, :: stride[0], :: stride[1]] = F.conv2d(gradient, layer.form("back", weight, turned))
-        return slope
-    if plan.back == 0:
-        planes = F.conv2d(gradient, layer.form("planes", weight, by_parity), padding=1)[:, :, 1:, 1:]
-        return interleaved(planes, *maps.shape[2:])
-    if plan.back > 1:
-        back = layer.form("back", weight, lambda weight: widened(turned(weight), plan.back), plan.back)
-        return spread(F.conv2d(gradient, back, stride=(1, plan.back), padding=tuple(around)), plan.back)
-    return _back(gradient, maps, weight, plan)
+    form = layer.back_form(weight, plan)
+    found: Tensor = called(slope, plan.back, gradient, maps, weight, form, plan.sizes)
+    return found
 
 
-def _back(gradient: Tensor, maps: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
-    """torch's own."""
-    around, stride, dilation, groups = plan.sizes
-    slope: Tensor = torch.ops.aten.convolution_backward.default(
-        gradient, maps, weight, None, stride, around, dilation, False, [0, 0], groups, [True, False, False]
-    )[0]
-    return slope
-
-
-def _sizes(plan: _Plan) -> tuple[Any, ...]:
+def _sizes(plan: Plan) -> tuple[Any, ...]:
     """As ``F.conv2d`` takes them."""
     around, stride, dilation, groups = plan.sizes
     return stride, around, dilation, groups
@@ -318,19 +296,6 @@ def _sizes(plan: _Plan) -> tuple[Any, ...]:
 
 def _close(found: Tensor, exact: Tensor, rough: float) -> bool:
     return bool(((found.float() - exact).abs() <= rough * exact.abs().amax()).all())
-
-
-def _as_product(gradient: Tensor, weight: Tensor) -> Tensor:
-    """An output's gradient goes, times a weight, to the input that the weight has met: plane by plane, shifted."""
-    (outputs, inputs, tall, wide), (count, _, height, width) = weight.shape, gradient.shape
-    by_place = weight.permute(2, 3, 1, 0).reshape(-1, outputs) @ gradient.permute(0, 2, 3, 1).reshape(-1, outputs).T
-    planes = by_place.view(tall * wide, inputs, count, height, width)
-    found = gradient.new_zeros(inputs, count, height + tall - 1, width + wide - 1)
-    for place, plane in enumerate(planes):
-        top, left = divmod(place, wide)
-        found[:, :, top : top + height, left : left + width] += plane
-    top, left = tall // 2, wide // 2
-    return found[:, :, top : top + height, left : left + width].transpose(0, 1)
 
 
 def _finished(made: Tensor, other: Tensor | None, rectified: bool) -> Tensor:
@@ -345,7 +310,7 @@ def _lowered(input: Tensor) -> bool:
     return lower and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _plain(maps: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
+def plain(maps: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether these are torch's own tensors in a CPU's memory, under no transform."""
     own = type(maps) is Tensor and (weight is None or type(weight) in _OWN) and (bias is None or type(bias) in _OWN)
     here = maps.is_cpu and (weight is None or weight.is_cpu)
@@ -385,7 +350,7 @@ def _one_go_works() -> bool:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for added in (None, other):
                 expected = _finished(F.conv2d(maps, weight, bias, padding=1), added, True)
-                made = _in_one_go(maps, added, weight, bias, sizes, True)
+                made = in_one_go(maps, added, weight, bias, sizes, 1, True)
                 if not torch.allclose(made, expected, rtol=1e-4, atol=1e-5):
                     return False
     except (RuntimeError, TypeError):  # another release's

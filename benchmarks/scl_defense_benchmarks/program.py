@@ -6,7 +6,7 @@ it. So it is run once with stand-ins in place of tensors (:mod:`torch.fx`), whic
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_modules
 
+from scl_defense_benchmarks.chain import Chain
 from scl_defense_benchmarks.convolutions import FrozenConv2d, convolved
 from scl_defense_benchmarks.pooling import averaged, is_tiling
 
@@ -39,6 +40,18 @@ class Step:
     over: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Steps one behind the other that read one value, ``images``, and each other, and of which the last alone is read
+    afterwards: in one go where that can be (see :class:`scl_defense_benchmarks.chain.Chain`). over: as of a step.
+    """
+
+    steps: tuple[Step, ...]
+    images: fx.Node
+    chain: Chain
+    over: tuple[fx.Node, ...]
+
+
 class Program:
     """The operations of a network in eval mode, to be run instead of its ``forward``. Made by :func:`program_of`.
 
@@ -49,6 +62,7 @@ class Program:
     def __init__(self, graph: fx.Graph, network: nn.Module):
         self.graph, self.network = graph, network
         self.steps = _steps(graph, network)
+        self.parts = _stretched(self.steps)
         self.writes = any(_writes(node, network) for node in graph.nodes)
         self._parts = [(module, tuple(module._modules.values())) for module in network.modules()]
         self.images = next(node for node in graph.nodes if node.op == "placeholder")
@@ -69,11 +83,23 @@ class Program:
 
     def __call__(self, images: Tensor) -> Any:
         values: dict[fx.Node, Any] = {self.images: images}
-        for step in self.steps:
-            values[step.node] = run(step, values)
-            for node in step.over:
-                del values[node]
+        for part in self.parts:
+            if isinstance(part, Step):
+                _take(part, values)
+            elif (made := part.chain(values[part.images])) is not None:
+                values[part.steps[-1].node] = made
+                for node in part.over:
+                    del values[node]
+            else:
+                for step in part.steps:
+                    _take(step, values)
         return fx.node.map_arg(self.output, values.__getitem__)
+
+
+def _take(step: Step, values: dict[fx.Node, Any]) -> None:
+    values[step.node] = run(step, values)
+    for node in step.over:
+        del values[node]
 
 
 def run(step: Step, values: dict[fx.Node, Any]) -> Any:
@@ -280,6 +306,42 @@ def _step(node: fx.Node, network: nn.Module, over: tuple[fx.Node, ...]) -> Step:
     elif call is F.avg_pool2d:
         call = _Pool()
     return Step(node, call, arguments, named, layer, over)
+
+
+def _stretched(steps: list[Step]) -> list[Step | Stretch]:
+    """The same steps, convolutions that follow each other put together."""
+    parts: list[Step | Stretch] = []
+    while steps:
+        stretch = next((made for made in map(_stretch, _runs(steps)) if made is not None), None)
+        parts.append(stretch or steps[0])
+        steps = steps[len(stretch.steps) if stretch else 1 :]
+    return parts
+
+
+def _runs(steps: list[Step]) -> Iterator[list[Step]]:
+    """Runs of at least two convolutions that ``steps`` begin with, the longest first."""
+    end = next((place for place, step in enumerate(steps) if step.layer is None), len(steps))
+    for length in range(end, 1, -1):
+        yield steps[:length]
+
+
+def _stretch(steps: list[Step]) -> Stretch | None:
+    images, places = steps[0].arguments[1], {}
+    over, reads, others = list[fx.Node](), list[int](), list[int]()
+    for place, step in enumerate(steps):
+        places[images if place == 0 else steps[place - 1].node] = place
+        read, other = step.arguments[1], step.named.get("other")
+        if len(step.arguments) != 2 or read not in places or (other is not None and other not in places):
+            return None
+        reads.append(places[read])
+        others.append(-1 if other is None else places[other])
+        over += step.over
+    inner = {step.node for step in steps[:-1]}
+    if not inner <= set(over) or steps[-1].node in over:
+        return None
+    layers = [step.layer for step in steps if step.layer is not None]
+    chain = Chain(layers, reads, others, [bool(step.named.get("rectified")) for step in steps])
+    return Stretch(tuple(steps), images, chain, tuple(node for node in over if node not in inner))
 
 
 class _Method:

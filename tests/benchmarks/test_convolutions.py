@@ -8,7 +8,8 @@ from scl_defense_benchmarks import convolutions, twin
 from scl_defense_benchmarks.battery import plan_attacks
 from scl_defense_benchmarks.convolutions import FrozenConv2d, convolved, freeze_convolutions
 from scl_defense_benchmarks.evaluate import evaluate
-from scl_defense_benchmarks.layouts import spread
+from scl_defense_benchmarks.kernels import PRODUCT
+from scl_defense_benchmarks.layouts import widened
 from scl_defense_benchmarks.twin import twin_of
 from torch import nn
 
@@ -226,7 +227,7 @@ def test_what_it_made_may_be_written_over(kind):
 def test_a_form_that_computes_something_else_is_not_taken(monkeypatch, lowered):
     """Some builds of oneDNN do, in bfloat16 with a stride along the row."""
     torch.manual_seed(0)
-    monkeypatch.setattr(convolutions, "spread", lambda maps, count: spread(maps, count).flip(3))
+    monkeypatch.setattr(convolutions, "widened", lambda weight, count: widened(weight, count).flip(3))
     own, frozen = pair(nn.Conv2d(8, 8, 3, padding=1))
     frozen.round_once()
     maps = torch.randn(3, 8, 6, 8)
@@ -264,13 +265,13 @@ def test_a_build_without_the_one_go_does_without(monkeypatch, busy):
     for found, expected in zip(gradient(frozen, maps, 1.0), gradient(own, maps, 1.0), strict=True):
         assert torch.equal(found, expected)
     monkeypatch.undo()
-    monkeypatch.setattr(convolutions, "_ALONE", lambda *given: maps)
+    monkeypatch.setattr(convolutions, "in_one_go", lambda *given: maps)
     assert not convolutions._one_go_works.__wrapped__()
 
 
 def test_asking_whether_it_works_draws_from_nobody_and_asks_once(monkeypatch):
-    state, asked, once = torch.get_rng_state(), [], convolutions._in_one_go
-    monkeypatch.setattr(convolutions, "_in_one_go", lambda *given: asked.append(1) or once(*given))
+    state, asked, once = torch.get_rng_state(), [], convolutions.in_one_go
+    monkeypatch.setattr(convolutions, "in_one_go", lambda *given: asked.append(1) or once(*given))
     with torch.autocast("cpu", torch.bfloat16):
         assert convolutions._one_go_works.__wrapped__()
     assert len(asked) == 2 and torch.equal(torch.get_rng_state(), state)
@@ -389,9 +390,14 @@ def test_no_verdict_changes_image_by_image(monkeypatch, precision):
             network(images)
         labels = network.eval()(images).argmax(1)
     used = []
-    side_by_side, few = FrozenConv2d._side_by_side, convolutions._as_product
+    side_by_side, form = FrozenConv2d._side_by_side, FrozenConv2d.back_form
     monkeypatch.setattr(FrozenConv2d, "_side_by_side", lambda *given: used.append("wide") or side_by_side(*given))
-    monkeypatch.setattr(convolutions, "_as_product", lambda *given: used.append("few") or few(*given))
+    roads = {PRODUCT: "few"}
+    monkeypatch.setattr(
+        FrozenConv2d,
+        "back_form",
+        lambda layer, weight, plan: used.append(roads.get(plan.back)) or form(layer, weight, plan),
+    )
     plan = plan_attacks(",".join(ATTACKS), host=default_host(), threat=ThreatModel("linf", "2/255"))
     found = []
     for frozen in (freeze_convolutions, lambda network: None):
