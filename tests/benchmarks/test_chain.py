@@ -117,7 +117,7 @@ class Shapes(nn.Module):
         if self.how == "twice":  # what is read is what is added, and without a ReLU
             return self.fourth(F.relu(self.third(self.second(one) + one) + one)).flatten(1)
         if self.how == "shared":  # the gradient that comes is another's too, whose turn is later
-            return (self.second(one) + one + double).flatten(1)
+            return self.fourth(self.second(one) + one + double).flatten(1)
         if self.how == "written over":
             return self.fourth(F.relu(self.second(one) + one)).mul_(2).relu_().flatten(1)
         if self.how == "read outside":  # the third's output is nobody else's, the second's is
