@@ -52,13 +52,32 @@ class Chain:
         if sloping:
             made: Tensor = _Chained.apply(maps, self, given)
             return made
-        return self.values(maps, given, keep=False)[-1]
+        return self.values([maps], given, keep=False)[-1]
 
-    def values(self, maps: Tensor, given: _Given, *, keep: bool) -> list[Tensor]:
-        """``maps`` and what each layer makes; without ``keep`` only the last one is there."""
+    def rest(self, values: list[Tensor | None], *, keep: bool) -> list[Tensor] | None:
+        """Without a gradient, all values from the first ones on; ``None`` where they have to be computed one by one.
+
+        values: the first ones, in the chain's own precision: what later layers read, and maps like those that it begins
+        with.
+        """
+        maps = values[0]
+        given = None if maps is None or len(maps) == 0 else self._given(maps, False)
+        if given is None:
+            return None
+        return self.values([torch.empty(0) if value is None else value for value in values], given, keep=keep)
+
+    def read_from(self, layer: int) -> set[int]:
+        """The places that this layer and those after it read."""
+        return {place for place in (*self.reads[layer:], *self.others[layer:]) if place >= 0}
+
+    def values(self, values: list[Tensor], given: _Given, *, keep: bool) -> list[Tensor]:
+        """The maps and what each layer makes, by place; without ``keep`` only the last one is there.
+
+        values: the first of them.
+        """
         sizes = [plan.sizes for plan in given.plans]
         steps = (given.forms, given.biases, sizes, given.counts, self.rectified, self.over)
-        found: list[Tensor] = called(chain, maps, self.reads, self.others, *steps, keep)
+        found: list[Tensor] = called(chain, values, self.reads, self.others, *steps, keep)
         return found
 
     def slope(self, gradient: Tensor, values: list[Tensor], given: _Given) -> Tensor:
@@ -123,7 +142,7 @@ class _Chained(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, maps: Tensor, own: Chain, given: _Given) -> Tensor:
-        *inner, made = own.values(maps, given, keep=True)
+        *inner, made = own.values([maps], given, keep=True)
         if made._is_view():  # a network may write over it, which autograd forbids for a view made in here
             made = made.new_empty(0).set_(made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
         context.own, context.given, context.shape, context.inner = own, given, maps.shape, inner[1:]

@@ -235,16 +235,6 @@ def computed(
     return made
 
 
-def unpadded(layer: FrozenConv2d, maps: Tensor, other: Tensor | None, *, rectified: bool) -> Tensor:
-    """The same of maps whose padding is part of them, or that are cut out of larger ones: (N, C, H, W), float32."""
-    weight, bias = layer.weight, layer.bias
-    if maps.numel() < BUSY:
-        return _finished(F.conv2d(maps, weight, bias, layer.stride, 0, layer.dilation, layer.groups), other, rectified)
-    sizes = ([0, 0], list(layer.stride), list(layer.dilation), layer.groups)
-    made: Tensor = called(in_one_go, maps, other, weight, bias, sizes, 1, rectified)
-    return made
-
-
 class _Convolved(torch.autograd.Function):
     """:func:`computed` with a gradient to its maps and to what is added."""
 

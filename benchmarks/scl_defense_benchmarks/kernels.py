@@ -116,7 +116,7 @@ def as_product(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def chain(
-    maps: Tensor,
+    values: list[Tensor],
     reads: list[int],
     others: list[int],
     weights: list[Tensor],
@@ -127,13 +127,13 @@ def chain(
     over: list[list[int]],
     keep: bool,
 ) -> list[Tensor]:
-    """Convolutions one behind the other: ``maps`` and what each of them makes, (N, C, H, W).
+    """Convolutions one behind the other: the maps they begin with and what each of them makes, (N, C, H, W).
 
-    Of each one: reads, others: which of these it takes and adds (-1 for nothing); counts: see :func:`in_one_go`, 0 for
-    a plain convolution with the sum and ReLU behind it; over: which nobody reads any more, let go unless ``keep``.
+    values: those maps and what the first ones have made already; what nobody reads may be anything. Of each layer:
+    reads, others: which of these it takes and adds (-1 for nothing); counts: see :func:`in_one_go`, 0 for a plain
+    convolution with the sum and ReLU behind it; over: which nobody reads any more, let go unless ``keep``.
     """
-    values = [maps]
-    for place in range(len(weights)):
+    for place in range(len(values) - 1, len(weights)):
         other = others[place]
         read, added = values[reads[place]], values[other] if other >= 0 else None
         weight, bias, size, count = weights[place], biases[place], sizes[place], counts[place]
@@ -155,6 +155,66 @@ def chain(
             for gone in over[place]:
                 values[gone] = torch.empty(0)
     return values
+
+
+def windowed(
+    known: Tensor,
+    where: list[int],
+    part: Tensor,
+    known_other: Tensor | None,
+    where_other: list[int],
+    part_other: Tensor | None,
+    window: list[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sizes,
+    rectified: bool,
+    busy: int,
+) -> Tensor:
+    """A window of what a convolution, with a sum and a ReLU behind it, makes of known maps with a part put in.
+
+    Windows are [first row, first column, rows, columns]. known: (N, C, H, W); part: (N, C, rows, columns) what is in
+    its window ``where``; the same of what is added. busy: numbers from which on the one go is worth calling.
+    """
+    around, stride = sizes[0], sizes[1]
+    rows, columns = (window[2] - 1) * stride[0] + weight.shape[2], (window[3] - 1) * stride[1] + weight.shape[3]
+    reach = [window[0] * stride[0] - around[0], window[1] * stride[1] - around[1], rows, columns]
+    maps = seen(known, where, part, reach)
+    added = part_other
+    if known_other is not None and part_other is not None:
+        added = seen(known_other, where_other, part_other, window)
+    if maps.numel() >= busy:
+        return in_one_go(maps, added, weight, bias, ([0, 0], stride, sizes[2], sizes[3]), 1, rectified)
+    made = torch.conv2d(maps, weight, bias, stride, [0, 0], sizes[2], sizes[3])
+    if added is not None:
+        made = made + added
+    return torch.relu(made) if rectified else made
+
+
+def seen(known: Tensor, where: list[int], part: Tensor, window: list[int]) -> Tensor:
+    """Known maps with a part put in, as :func:`windowed` has them, in another window, which may reach over their edges:
+    there it is zero.
+    """
+    if where == window:
+        return part
+    height, width, rows, columns = known.shape[2], known.shape[3], window[2], window[3]
+    found = torch.empty(
+        [known.shape[0], known.shape[1], rows, columns], dtype=known.dtype, memory_format=torch.channels_last
+    )
+    if window[0] < 0 or window[1] < 0 or window[0] + rows > height or window[1] + columns > width:
+        found.zero_()
+    paste(found, window, known, [0, 0, height, width])
+    paste(found, window, part, where)
+    return found
+
+
+def paste(target: Tensor, window: list[int], source: Tensor, where: list[int]) -> None:
+    """Copy what two windows of a map have in common."""
+    top, left = max(window[0], where[0]), max(window[1], where[1])
+    end, right = min(window[0] + window[2], where[0] + where[2]), min(window[1] + window[3], where[1] + where[3])
+    if end > top and right > left:
+        to = target[:, :, top - window[0] : end - window[0], left - window[1] : right - window[1]]
+        to.copy_(source[:, :, top - where[0] : end - where[0], left - where[1] : right - where[1]])
 
 
 def chain_back(

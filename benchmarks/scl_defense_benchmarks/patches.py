@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from scl_defense_benchmarks.convolutions import unpadded
-from scl_defense_benchmarks.program import Program, Step, run
+from scl_defense_benchmarks import convolutions
+from scl_defense_benchmarks.kernels import called, seen, windowed
+from scl_defense_benchmarks.program import Program, Step, Stretch, run
 
 #: A window on more of a map than this is not worth cutting out. 0.4, 0.55 and 0.7 cost the same to a few per cent.
 MOST = 0.55
@@ -93,23 +94,56 @@ class Patches:
 
     def _part(self, images: Tensor, window: Window) -> Any:
         """Pass what the window reaches; what is asked of the rest is remembered."""
-        values: dict[fx.Node, Any] = {}
+        values: dict[fx.Node, Any] = {self.program.images: images}
         parts: dict[fx.Node, _Part] = {self.program.images: (window, _cut(images, window))}
-        for step in self.program.steps:
-            part = self._step(step, parts, values)
-            if part is not None:
-                parts[step.node] = part
-                continue
-            for node in step.node.all_input_nodes:
-                if node not in values:
-                    values[node] = images if node is self.program.images else self._patched(node, *parts[node])
-            made = values[step.node] = run(step, values)
-            if step.node in self.known:
-                parts[step.node] = (0, 0, *made.shape[2:]), made
-            for node in step.over:
-                values.pop(node, None)
+        for part in self.program.parts:
+            if isinstance(part, Stretch):
+                self._stretch(part, parts, values)
+            else:
+                self._take(part, parts, values)
         self._asked = {node: part for node, part in parts.items() if node in self.known}
         return fx.node.map_arg(self.program.output, values.__getitem__)
+
+    def _take(self, step: Step, parts: dict[fx.Node, _Part], values: dict[fx.Node, Any]) -> None:
+        """A step, on windows alone where that is worth it."""
+        part = self._step(step, parts, values)
+        if part is not None:
+            parts[step.node] = part
+            return
+        for node in step.node.all_input_nodes:
+            if node not in values:
+                values[node] = self._patched(node, *parts[node])
+        made = values[step.node] = run(step, values)
+        if step.node in self.known:
+            parts[step.node] = (0, 0, *made.shape[2:]), made
+        for node in step.over:
+            values.pop(node, None)
+
+    def _stretch(self, stretch: Stretch, parts: dict[fx.Node, _Part], values: dict[fx.Node, Any]) -> None:
+        """Convolutions one behind the other: the first ones on windows, the others in one call."""
+        steps, done = stretch.steps, 0
+        while done < len(steps) and (part := self._step(steps[done], parts, values)) is not None:
+            parts[steps[done].node] = part
+            done += 1
+        if done == len(steps):
+            return
+        whole: list[Tensor | None] = [None] * (done + 1)
+        whole[0] = self.known.get(stretch.images)  # for its kind, where it is read no more
+        for place in (place for place in stretch.chain.read_from(done) if place <= done):
+            node = stretch.node(place)
+            whole[place] = values[node] if node in values else self._patched(node, *parts[node])
+        keep = any(step.node in self.known for step in steps[done:])
+        found = stretch.chain.rest(whole, keep=keep)
+        if found is None:
+            for step in steps[done:]:
+                self._take(step, parts, values)
+            return
+        values[steps[-1].node] = found[-1]
+        for step, made in zip(steps[done:], found[done + 1 :], strict=True):
+            if step.node in self.known:
+                parts[step.node] = (0, 0, *made.shape[2:]), made
+        for node in stretch.over:
+            values.pop(node, None)
 
     def _step(self, step: Step, parts: dict[fx.Node, _Part], values: dict[fx.Node, Any]) -> _Part | None:
         """A step on windows alone; ``None`` where it has to be taken on whole maps. values: those that are whole."""
@@ -128,14 +162,17 @@ class Patches:
         return window, self._convolved(step, parts, window)
 
     def _convolved(self, step: Step, parts: dict[fx.Node, _Part], window: Window) -> Tensor:
-        layer: Any = step.layer
-        maps, other = _maps(step), step.named.get("other")
-        top, left, height, width = window
-        (down, right), (above, before), (tall, wide) = layer.stride, layer.padding, layer.kernel_size
-        rows, columns = (height - 1) * down + tall, (width - 1) * right + wide
-        seen = self._seen(maps, parts[maps], (top * down - above, left * right - before, rows, columns))
-        added = None if other is None else self._seen(other, parts[other], window)
-        return unpadded(layer, seen, added, rectified=step.named.get("rectified", False))
+        layer, maps, other = step.layer, _maps(step), step.named.get("other")
+        assert layer is not None
+        at, part = parts[maps]
+        at_other, part_other = (at, None) if other is None else parts[other]
+        sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
+        made: Tensor = called(
+            windowed, self.known[maps], list(at), part, None if other is None else self.known[other], list(at_other),
+            part_other, list(window), layer.weight, layer.bias, sizes, step.named.get("rectified", False),
+            convolutions.BUSY,
+        )  # fmt: skip
+        return made
 
     def _patched(self, node: fx.Node, window: Window, made: Tensor) -> Tensor:
         """The whole map of a node, with its window in it."""
@@ -147,28 +184,9 @@ class Patches:
         return whole
 
     def _seen(self, node: fx.Node, part: _Part, window: Window) -> Tensor:
-        """A node's map in another window, which may reach over its edges: there it is zero."""
-        (top, left, height, width), made = part
-        if window == part[0]:
-            return made
-        known, (first, start, rows, columns) = self.known[node], window
-        size = (known.shape[0], known.shape[1], rows, columns)
-        seen = torch.empty(size, dtype=known.dtype, device=known.device, memory_format=torch.channels_last)
-        inside = first >= 0 and start >= 0 and first + rows <= known.shape[2] and start + columns <= known.shape[3]
-        _paste(seen if inside else seen.zero_(), window, known, (0, 0, *known.shape[2:]))
-        _paste(seen, window, made, (top, left, height, width))
-        return seen
-
-
-def _paste(target: Tensor, window: Window, source: Tensor, where: Window) -> None:
-    """Copy what two windows of a map have in common."""
-    top, left = max(window[0], where[0]), max(window[1], where[1])
-    end = min(window[0] + window[2], where[0] + where[2])
-    right = min(window[1] + window[3], where[1] + where[3])
-    if end > top and right > left:
-        target[:, :, top - window[0] : end - window[0], left - window[1] : right - window[1]] = source[
-            :, :, top - where[0] : end - where[0], left - where[1] : right - where[1]
-        ]
+        """A node's map in another window."""
+        made: Tensor = called(seen, self.known[node], list(part[0]), part[1], list(window))
+        return made
 
 
 def _cut(maps: Tensor, window: Window) -> Tensor:

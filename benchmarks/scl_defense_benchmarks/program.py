@@ -51,6 +51,10 @@ class Stretch:
     chain: Chain
     over: tuple[fx.Node, ...]
 
+    def node(self, place: int) -> fx.Node:
+        """What is at a place of the chain."""
+        return self.steps[place - 1].node if place else self.images
+
 
 class Program:
     """The operations of a network in eval mode, to be run instead of its ``forward``. Made by :func:`program_of`.
