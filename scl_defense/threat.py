@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ def parse_eps(text: str | float | int) -> Fraction:
     >>> parse_eps("8/255"), parse_eps(0.1)
     (Fraction(8, 255), Fraction(1, 10))
     """
-    written = str(text).strip()
+    return _fraction(str(text).strip())
+
+
+@lru_cache(maxsize=1024)  # asked in every step of every attack
+def _fraction(written: str) -> Fraction:
     if len(written) > 50 or not _NUMBER.fullmatch(written):
         raise UserError(f"eps {written[:50]!r} is not a radius; it must be >= 0 and written like 8/255 or 0.1")
     top, _, bottom = written.partition("/")
@@ -120,9 +125,11 @@ class ThreatModel:
                 (adversarial != images).any(1) if images.shape[1] else adversarial.new_zeros(len(images), 1).bool()
             )
             return _wide(changed.flatten(1).sum(1))
+        if self.norm == "linf" and images[:1].numel():
+            return _wide((adversarial - images).flatten(1).abs().amax(1))  # of float32: the same number
         delta = _wide(adversarial - images).flatten(1)
         if self.norm == "linf":
-            return delta.abs().amax(1) if delta.shape[1] else delta.sum(1)
+            return delta.sum(1)
         return delta.norm(p=2, dim=1) if self.norm == "l2" else delta.abs().sum(1)
 
     def tolerance(self) -> float:
@@ -133,9 +140,11 @@ class ThreatModel:
 
     def contains(self, images: Tensor, adversarial: Tensor) -> Tensor:
         """(N,) bool: finite, inside the box, inside the ball (up to rounding)."""
+        near = self.distance(images, adversarial) <= self.tolerance()
+        if not adversarial[:1].numel():
+            return near
         flat = adversarial.flatten(1)
-        inside = torch.isfinite(flat).all(1) & (flat >= 0).all(1) & (flat <= 1).all(1)
-        return inside & (self.distance(images, adversarial) <= self.tolerance())
+        return near & (flat.amin(1) >= 0) & (flat.amax(1) <= 1)  # of what is not a number both are none
 
     # -- moving
 
