@@ -230,6 +230,7 @@ def test_images_that_are_too_small_are_refused_in_words(name):
             build(name, (1, 28, 28), stem="imagenet")
 
 
+@pytest.mark.slow  # seconds
 def test_the_small_cnn_learns_the_digits():
     """Cross-entropy for some seconds; a linear classifier on the pixels reaches 96 % on this split."""
     data = open_data("digits")

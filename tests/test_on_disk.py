@@ -83,6 +83,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow  # seconds
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA covers mappings on Linux alone")
 def test_a_file_larger_than_the_memory_allowed_is_used_all_the_same(tmp_path):
     count, shape = 80_000, (64, 64, 1)  # 312 MiB that take no room on disk

@@ -140,7 +140,7 @@ def fallible(network, shape, count=24):
 def test_a_search_by_squares_is_torchattacks_own(name, shape, queries):
     network = network_of(name, shape)
     images, labels = fallible(network, shape)
-    steps = min(queries, 120)
+    steps = min(queries, 60)
     found = {}
     for kind in ("theirs", "ours", "remembering"):
         twin = twin_of(network, images[:4])

@@ -107,6 +107,14 @@ EXCUSED: dict[str, dict[str, str]] = {
 }
 # Attacks that work on some images only, or need a second network; they have tests of their own.
 OTHER_IMAGES = {"pixle", "torchattacks:pixle", "transfer"}
+# What takes seconds however short it is made: asked in the long run.
+LONG = {
+    "attack ead",
+    "attack hsj",
+    "attack boundary",
+    "attack simba",
+    "generator contrastive-pgd space=scattering steps=1",
+}
 # Data sets that need files; those are tested with files of their own below and in the data sets' tests.
 NEED_FILES = {"mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "npz", "npy", "image-folder"}
 
@@ -135,14 +143,15 @@ def subjects() -> list[Subject]:
 
 
 def marked() -> list[Any]:
-    """The name that says the library, where a shorter one stands for the very same attack, is asked in the long run."""
+    """In the long run: :data:`LONG`, and the name that says the library where a shorter one is the very same attack."""
     attacks = default_host()["attack"]
     short = {entry.name: entry.target for entry in attacks if ":" not in entry.name}
     found = []
     for subject in subjects():
         _, _, bare = subject.name.partition(":")
         twice = subject.kind == "attack" and bare in short and short[bare] == attacks.entry(subject.name).target
-        found.append(pytest.param(subject, id=str(subject), marks=[pytest.mark.slow] if twice else []))
+        late = twice or str(subject) in LONG or f"{subject.kind} {subject.name}" in LONG
+        found.append(pytest.param(subject, id=str(subject), marks=[pytest.mark.slow] if late else []))
     return found
 
 
@@ -173,7 +182,8 @@ def test_no_plugin_was_set_aside():
 
 def test_the_tables_name_what_is_registered():
     known = {f"{kind} {entry.name}" for kind, registry in default_host().registries.items() for entry in registry}
-    assert set(VARIANTS) | set(FAST) | {f"dataset {name}" for name in NEED_FILES} <= known
+    long = {" ".join(name.split()[:2]) for name in LONG}
+    assert long | set(VARIANTS) | set(FAST) | {f"dataset {name}" for name in NEED_FILES} <= known
 
 
 @pytest.mark.parametrize("name", sorted(NEED_FILES - {"npz", "npy", "image-folder"}))
