@@ -47,7 +47,8 @@ def nearest_found(attack: Any, images: Tensor, labels: Tensor, targets: Tensor) 
         with torch.enable_grad():
             logits = attack.get_logits(points)
             gaps = logits[rows, targets] - logits[rows, labels]
-            (slopes,) = torch.autograd.grad(gaps.sum(), points)
+            gaps.sum().backward()  # not autograd.grad, which some networks (reentrant checkpoints) refuse
+        slopes = torch.zeros_like(points) if points.grad is None else points.grad
         found.seen |= search.step(gaps.detach().to(images), slopes.reshape(count, -1).to(images))
         if step == attack.steps - 1:
             found.last = search.points.view_as(images).clone()
@@ -69,7 +70,7 @@ class _Search:
         self._low, self._high = -self.images, 1 - self.images
         count, numbers = self.images.shape
         self.size = min(count, max(1, NUMBERS // numbers)) if images.device.type == "cpu" else count
-        self._spare = [self.images.new_empty(self.size, numbers) for _ in range(SPARE + 3)]
+        self._spare = [self.images.new_empty(self.size, numbers) for _ in range(SPARE + 4)]
 
     def _blocks(self) -> Iterator[tuple[slice, list[Tensor]]]:
         """A few images at a time, and room for as many."""
@@ -84,9 +85,11 @@ class _Search:
         usable = torch.zeros(len(gaps), dtype=torch.bool, device=gaps.device)
         for block, spare in self._blocks():
             gap, slope = gaps[block], slopes[block]
-            total = torch.abs(slope, out=spare[0]).sum(1)
-            finite = total.isfinite() & gap.isfinite()
-            usable[block] = finite & (total > 0)
+            largest = torch.abs(slope, out=spare[0]).amax(1)
+            finite = largest.isfinite() & gap.isfinite()
+            usable[block] = finite & (largest > 0)
+            scale = largest.clamp(min=torch.finfo(largest.dtype).tiny)  # the plane is the same, its squares are numbers
+            gap, slope = gap / scale, torch.div(slope, scale.unsqueeze(1), out=spare[-1])
             if bool(finite.all()):
                 self._step(block, gap, slope, spare)
             else:  # rows that stay where they are, among others that move
@@ -98,7 +101,7 @@ class _Search:
     def _step(self, block: slice, gap: Tensor, slope: Tensor, spare: list[Tensor]) -> None:
         points, images = self.points[block], self.images[block]
         gap_there = gap - torch.mul(slope, self.away[block], out=spare[0]).sum(1)  # of the image, by the same plane
-        planes, (near, low, high) = Planes(slope, self.norm, spare[:SPARE]), spare[SPARE:]
+        planes, (near, low, high) = Planes(slope, self.norm, spare[:SPARE]), spare[SPARE:-1]
         torch.add(torch.neg(points, out=low), 1, out=high)
         near.copy_(planes.moves(gap, low, high))
         far = planes.moves(gap_there, self._low[block], self._high[block])

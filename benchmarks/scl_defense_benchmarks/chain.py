@@ -14,6 +14,9 @@ from torch import Tensor
 from scl_defense_benchmarks.convolutions import FrozenConv2d, Plan, convolved, is_small, plain
 from scl_defense_benchmarks.kernels import PLAIN, called, chain, chain_back
 
+#: Kinds of maps whose plans are kept.
+KINDS = 256
+
 
 @dataclass(frozen=True)
 class _Given:
@@ -38,6 +41,8 @@ class Chain:
         self.layers, self.reads, self.others, self.rectified = layers, reads, others, rectified
         last = {place: layer for layer, both in enumerate(zip(reads, others, strict=True)) for place in both}
         self.over = [[place for place, at in last.items() if at == layer and place > 0] for layer in range(len(layers))]
+        #: The places between the first and the last whose values the way back needs.
+        self.kept = [place for place in range(1, len(layers)) if rectified[place - 1] or place in reads]
         self._plans: dict[tuple[Any, ...], list[Plan] | None] = {}
 
     def __call__(self, maps: Tensor) -> Tensor | None:
@@ -100,8 +105,11 @@ class Chain:
             if not plain(maps, weight, bias) or weight.requires_grad or (bias is not None and bias.requires_grad):
                 return None
             weights.append((weight, bias))
-        kind = (maps.shape[1:], maps.dtype, torch.is_autocast_enabled("cpu"), *(weight.shape for weight, _ in weights))
+        shapes = (item for weight, _ in weights for item in (weight.shape, weight.dtype))
+        kind = (maps.shape[1:], maps.dtype, torch.is_autocast_enabled("cpu"), *shapes)
         if kind not in self._plans:
+            if len(self._plans) == KINDS:
+                self._plans.clear()
             self._plans[kind] = self._planned(maps)
         plans = self._plans[kind]
         if plans is None:
@@ -121,16 +129,16 @@ class Chain:
         """The plan of every layer for maps of this kind, found by passing them once; ``None`` where one of them is not
         computed in one go.
         """
-        values, plans = [maps], list[Plan]()
+        values, plans, dtype = [maps], list[Plan](), self.layers[0].weights(maps)[0].dtype
         for layer, read, other, rectified in zip(self.layers, self.reads, self.others, self.rectified, strict=True):
             weight, _ = layer.weights(values[read])
             plan = layer.plan(values[read], weight)
-            if not plan.served or plan.heavy:
+            if not plan.served or plan.heavy or weight.dtype != dtype:
                 return None
             added = values[other] if other >= 0 else None
             made = convolved(layer, values[read], added, rectified=rectified)
             alike = added is None or added.shape == made.shape == (len(maps), *plan.shape)
-            if not alike or made.dtype != weight.dtype:  # a sum where one was repeated, or is more exact
+            if not alike or made.dtype != dtype:  # a sum where one was repeated, or is more exact
                 return None
             values.append(made)
             plans.append(plan)
@@ -145,14 +153,21 @@ class _Chained(torch.autograd.Function):
         *inner, made = own.values([maps], given, keep=True)
         if made._is_view():  # a network may write over it, which autograd forbids for a view made in here
             made = made.new_empty(0).set_(made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
-        context.own, context.given, context.shape, context.inner = own, given, maps.shape, inner[1:]
-        context.save_for_backward(*([made] if own.rectified[-1] else []))
+        # Saved, not kept: torch says if they were written over meanwhile, and lets them go with the graph. What no ReLU
+        # has made is only read for its size, and mostly not read at all.
+        masks = [inner[place] for place in own.kept]
+        context.own, context.given, context.shape = own, given, maps.shape
+        context.save_for_backward(*given.weights, *masks, *([made] if own.rectified[-1] else []))
         return made
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         own, given = context.own, context.given
+        saved = list(context.saved_tensors)[len(given.weights) :]
+        made = saved.pop() if own.rectified[-1] else gradient
+        values = [torch.empty(0) for _ in own.layers]
+        for place, value in zip(own.kept, saved, strict=True):
+            values[place] = value
         # Of what was read its size alone is needed: a network may have written over it.
-        maps = gradient.new_empty(context.shape).contiguous(memory_format=torch.channels_last)
-        made = context.saved_tensors[0] if own.rectified[-1] else gradient
-        return own.slope(gradient, [maps, *context.inner, made], given), None, None
+        values[0] = gradient.new_empty(context.shape).contiguous(memory_format=torch.channels_last)
+        return own.slope(gradient, [*values, made], given), None, None

@@ -28,10 +28,15 @@ def called(function: Callable[..., Any], *given: Any) -> Any:
     Not under autocast: TorchScript has a way of its own with it, in which a bfloat16 residual network fails.
     """
     made = _COMPILED.get(function) or _compiled(function)
-    if not torch.is_autocast_enabled("cpu"):
-        return made(*given)
-    with torch.autocast("cpu", enabled=False):
-        return made(*given)
+    try:
+        if not torch.is_autocast_enabled("cpu"):
+            return made(*given)
+        with torch.autocast("cpu", enabled=False):
+            return made(*given)
+    except RuntimeError as error:
+        fault = str(error).rpartition("RuntimeError: ")[2].strip()
+    # Only what happened, without TorchScript's account of where; raised out here, it holds nobody's tensors.
+    raise RuntimeError(fault)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,8 +234,10 @@ def chain_back(
     rectified: list[bool],
     over_own: bool,
 ) -> Tensor:
-    """The gradient of :func:`chain`'s last output, taken back to its ``maps``. values: what it returned; forms, backs:
-    see :func:`slope`; over_own: what is made in between may be written over (nobody wants its gradient).
+    """The gradient of :func:`chain`'s last output, taken back to its ``maps``.
+
+    values: what it returned; where no ReLU made it for its shape alone, and what nobody reads may be anything. forms,
+    backs: see :func:`slope`. over_own: what is made in between may be written over, for nobody wants its gradient.
     """
     slopes = [torch.empty(0) for _ in values]
     there = [False for _ in values]

@@ -13,8 +13,8 @@ SPARE = 5
 class Planes:
     """Planes, one a point: the shortest moves onto them, inside the box (Croce & Hein 2020b, section 3.1 and app. A).
 
-    normals: (N, D), finite; norm: what is shortest, ``linf`` or ``l2``. spare: :data:`SPARE` tensors (N, D) to be
-    written over.
+    normals: (N, D), finite, as their squares have to be under L2; norm: what is shortest, ``linf`` or ``l2``. spare:
+    :data:`SPARE` tensors (N, D) to be written over.
 
     Every coordinate goes as far as the box lets it along a direction: the normal's sign, or the normal under L2. What
     a length along it gains is concave and piecewise linear, so that Newton's method ends at the solution itself.
@@ -46,8 +46,8 @@ class Planes:
             short = (need - gained).abs() > exact * need
             if not bool((short & (length < FARTHEST)).any()):
                 break
-            stopped = torch.sub(wanted, moves, out=wanted).sign_().abs_()  # by a wall
-            slope = self.total - torch.mul(self.gains, stopped, out=product).sum(1)
+            free = torch.sub(wanted, moves, out=wanted).sign_().abs_().neg_().add_(1)  # 0 where a wall has stopped it
+            slope = torch.mul(self.gains, free, out=product).sum(1)  # small beside the total: it is no difference
             better = length + (need - gained) / slope.clamp(min=least)
             length = torch.where(short, better.clamp(0, FARTHEST), length)
         return moves

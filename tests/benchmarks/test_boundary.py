@@ -8,6 +8,7 @@ from scl_defense_benchmarks.boundary import nearest_found
 from scl_defense_benchmarks.projections import SPARE, Planes
 from scl_defense_benchmarks.torchattacks_adapter import FAB
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchattacks.attacks import fab as library_fab
 
 from scl_defense.threat import ThreatModel
@@ -56,6 +57,29 @@ def test_a_projection_lands_on_the_plane_by_the_shortest_way(norm):
         short = (offsets[:, None] - reached) * aim > 0
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     torch.testing.assert_close(points + moves, (points + high * direction).clamp(0, 1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("small", [1e-4, 1e-6, 1e-10])
+def test_one_coordinate_that_outweighs_all_others_and_cannot_move(norm, small):
+    """Against bisection in float64: in float32 the others are nothing beside it, and they alone are free."""
+    rng = torch.Generator().manual_seed(3)
+    points, normals = torch.rand(20, 200, generator=rng), torch.randn(20, 200, generator=rng) * small
+    points[:, 0], normals[:, 0] = 0, 1  # it would have to go down
+    gaps = 0.05 * normals[:, 1:].abs().sum(1)
+    planes = Planes(normals, norm, [torch.empty_like(points) for _ in range(SPARE)])
+    moves = planes.moves(gaps, -points, 1 - points).double()
+    exact, room = normals.double(), points.double()
+    direction = -(exact.sign() if norm == "linf" else exact)
+    low, high = torch.zeros(20, 1).double(), torch.full((20, 1), 1e15).double()
+    for _ in range(200):
+        middle = (low + high) / 2
+        ends = (-room, 1 - room)
+        gained = -(exact * (middle * direction).clamp(*ends)).sum(1, keepdim=True)
+        short = gained < gaps.double()[:, None]
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    expected = (high * direction).clamp(-room, 1 - room)
+    torch.testing.assert_close(moves, expected, rtol=1e-3, atol=1e-5)
 
 
 def _network() -> nn.Module:
@@ -126,6 +150,40 @@ def test_an_image_without_a_finite_slope_stays_where_it_is_and_the_others_go_on(
     assert clear.sum() > 3 and found.seen[clear].all()
     torch.testing.assert_close(found.last[clear], expected.last[clear], rtol=1e-4, atol=1e-5)
     assert found.nearest.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_no_scale_of_the_logits_reaches_a_step(norm, scale):
+    class Scaled(nn.Module):
+        def __init__(self, network: nn.Module):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.network(images) * scale
+
+    network, images, labels = _case(9)
+    targets = network(images).argsort(1)[:, -2]
+    found, expected = (
+        nearest_found(torchattacks.FAB(one, norm=NORMS[norm], steps=4), images, labels, targets)
+        for one in (Scaled(network), network)
+    )
+    torch.testing.assert_close(found.last, expected.last, rtol=1e-4, atol=1e-5)
+    assert found.seen.all()
+
+
+def test_a_network_that_computes_parts_again_on_the_way_back_is_attacked():
+    class Checkpointed(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return checkpoint(network, images, use_reentrant=True)
+
+    network, images, labels = _case(9)
+    made = [
+        FAB(steps=5, targets=2)(one, images, labels, ThreatModel("linf", "0.1"), torch.Generator().manual_seed(0))
+        for one in (Checkpointed(), network)
+    ]
+    assert torch.equal(*made) and not torch.equal(made[0], images)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from scl_defense_benchmarks import chain as chain_module
 from scl_defense_benchmarks import convolutions, kernels
 from scl_defense_benchmarks.program import Program, Step, Stretch
 from scl_defense_benchmarks.twin import Twin, again, twin_of
@@ -60,8 +61,9 @@ def _chains(program: Program | None) -> list[int]:
 def taken(monkeypatch):
     """How often a chain was computed in one call."""
     calls, called = [], kernels.called
-    module = __import__("scl_defense_benchmarks.chain", fromlist=["called"])
-    monkeypatch.setattr(module, "called", lambda function, *given: calls.append(function) or called(function, *given))
+    monkeypatch.setattr(
+        chain_module, "called", lambda function, *given: calls.append(function) or called(function, *given)
+    )
     return calls
 
 
@@ -189,27 +191,98 @@ def test_images_of_several_sizes_have_each_their_own_plan():
     assert twin(torch.rand(0, 3, 32, 32)).shape == (0, 10)
 
 
-def test_what_was_made_is_let_go_with_its_graph():
+class Box:
+    """What a saved tensor is put into: it can be watched."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def test_the_way_back_lets_go_of_what_was_made():
+    twin, images = twin_of(_network("resnet18"), _images("resnet18", 2)), _images("resnet18", 2).requires_grad_()
+    boxes = []
+
+    def pack(tensor: Tensor) -> Box:
+        box = Box(tensor)
+        boxes.append(weakref.ref(box))
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        logits = twin(images)
+    assert len(boxes) > 30 and all(box() is not None for box in boxes)
+    torch.autograd.grad(logits.sum(), images)
+    assert all(box() is None for box in boxes)  # the logits are still there
+
+
+def test_logits_that_are_forgotten_let_go_of_their_graph():
     twin, images = twin_of(_network("resnet18"), _images("resnet18", 2)), _images("resnet18", 2).requires_grad_()
     gc.disable()
     try:
         logits = twin(images)
-        inner = weakref.ref(_node(logits, "_ChainedBackward").inner[3])
-        assert inner() is not None
+        seen = [logits.grad_fn]
+        while type(seen[-1]).__name__ != "_ChainedBackward":
+            seen += [node for node, _ in seen.pop().next_functions if node is not None]
+        given = weakref.ref(seen.pop().given)
+        seen.clear()
+        assert given() is not None
         del logits
-        assert inner() is None
+        assert given() is None
     finally:
         gc.enable()
 
 
-def _node(tensor: Tensor, name: str):
-    seen = [tensor.grad_fn]
-    while seen:
-        node = seen.pop()
-        if type(node).__name__ == name:
-            return node
-        seen += [other for other, _ in getattr(node, "next_functions", ()) if other is not None]
-    raise AssertionError(f"no {name}")
+def test_a_second_way_back_is_the_first_ones():
+    twin, images = twin_of(_network("resnet18"), _images("resnet18", 2)), _images("resnet18", 3).requires_grad_()
+    logits = twin(images)
+    first = torch.autograd.grad(logits.sum(), images, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(logits.sum(), images)[0], first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(logits.sum(), images)
+
+
+def test_weights_written_over_before_the_way_back_are_noticed():
+    twin, images = twin_of(_network("small-cnn"), _images("small-cnn", 3)), _images("small-cnn", 3).requires_grad_()
+    logits = twin(images)
+    convolution = next(part for part in twin.modules() if isinstance(part, nn.Conv2d))
+    with torch.no_grad():
+        convolution.weight.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(logits.sum(), images)
+
+
+def test_a_weight_put_in_place_of_a_rounded_one_is_used():
+    images = _images("small-cnn", 40)
+    twin = twin_of(_network("small-cnn"), images[:4], "bf16")
+    before = _passed(twin, images)
+    third = [part for part in twin.modules() if isinstance(part, nn.Conv2d)][2]
+    third.weight = nn.Parameter(third.weight.detach() * 1.5, requires_grad=False)
+    changed = _passed(twin, images)
+    for found, expected in zip(changed, _passed(_step_by_step(twin), images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert not torch.allclose(before[0], changed[0], rtol=0.02, atol=0.02)
+    weights = {name: value.detach().clone() for name, value in twin.named_parameters()}
+    with torch.no_grad():
+        found, expected = (torch.func.functional_call(one, weights, (images,)) for one in (twin, _step_by_step(twin)))
+    assert torch.equal(found, expected)
+
+
+def test_plans_do_not_grow_without_bound(monkeypatch):
+    monkeypatch.setattr(chain_module, "KINDS", 3)
+    twin = twin_of(_network("resnet18"), _images("resnet18", 2))
+    for side in range(16, 26):
+        twin(torch.rand(2, 3, side, side))
+    assert twin.program is not None
+    stretch = next(part for part in twin.program.parts if isinstance(part, Stretch))
+    assert 0 < len(stretch.chain._plans) <= 3
+
+
+def test_a_fault_says_what_happened_and_not_where():
+    maps, weight = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+    sizes = ([1, 1], [1, 1], [1, 1], 1)
+    with pytest.raises(RuntimeError) as caught:
+        kernels.called(kernels.slope, 1, torch.rand(2, 5, 8, 8), maps, weight, weight, sizes)
+    assert "TorchScript" not in str(caught.value) and len(str(caught.value)) > 10
+    assert caught.value.__context__ is None  # it would hold what did not fit into memory
 
 
 def test_workers_begin_at_once(monkeypatch):
