@@ -317,19 +317,10 @@ def _takes(maps: Tensor, weight: Tensor) -> bool:
 _OWN = (Tensor, nn.Parameter)
 
 
-def _overload(name: str, kind: str) -> Any:
-    return getattr(getattr(torch.ops.mkldnn, name, None), kind, None)
-
-
-#: What torch's own compiler calls for a convolution with a ReLU behind it, and with a sum before that.
-_ALONE = _overload("_convolution_pointwise", "default")
-_WITH = _overload("_convolution_pointwise", "binary")
-
-
 @cache
 def _one_go_works() -> bool:
-    """Whether this build of torch has these calls, and they do what they are called for."""
-    if None in (_ALONE, _WITH) or not torch.backends.mkldnn.is_available():
+    """Whether this build of torch has the call that its own compiler makes, and it does what it is called for."""
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise") or not torch.backends.mkldnn.is_available():
         return False
     rng = torch.Generator().manual_seed(0)  # of its own: whoever asks is in the middle of somebody's draws
     maps, other, weight, bias = (
