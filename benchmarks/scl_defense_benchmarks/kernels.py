@@ -254,7 +254,7 @@ def chain_back(
             else:
                 own = torch.ops.aten.threshold_backward(own, values[place + 1], 0)
         elif back == 0 and over_own:
-            own = own.clone()
+            own = own.clone()  # what came in may be another's gradient too
         read, other = reads[place], others[place]
         made = slope(backs[place], own, values[read], weights[place], forms[place], sizes[place])
         if other >= 0:
