@@ -379,6 +379,44 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, sign
     assert (log.parent / "last.pt").exists() and "Traceback" not in err
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("kind", ["RuntimeError", "scl_defense.UserError"])
+def test_a_stop_that_compiled_code_made_an_error_of_is_a_stop(kind, signum, code):
+    """As pydantic's does while it is imported: the KeyboardInterrupt is but a word in its error."""
+    script = f"""
+import os, click, scl_defense
+from scl_defense.cli import app
+@click.command()
+def wait():
+    try:
+        os.kill(os.getpid(), {int(signum)})
+        while True: pass
+    except KeyboardInterrupt as error:
+        text = repr(error)
+    raise {kind}(text)
+app.cli.add_command(wait)
+app.main(["wait"])
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stderr) == (code, "error: stopped\n")
+
+
+def test_a_run_whose_caller_ignores_ctrl_c_ignores_it_too():
+    script = """
+import os, signal, click
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's background do
+from scl_defense.cli import app
+@click.command()
+def go_on():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on")
+app.cli.add_command(go_on)
+app.main(["go-on"])
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "went on\n", "")
+
+
 def test_two_processes_do_not_share_a_run(tmp_path):
     from scl_defense import UserError
     from scl_defense.logs import locked

@@ -89,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130/143 stopped by a signal."""
     in_charge = threading.current_thread() is threading.main_thread()
     if in_charge:
-        signal.signal(signal.SIGTERM, _terminated)
+        _stops.clear()
+        signal.signal(signal.SIGTERM, _stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the caller has it ignored (nohup)
+            signal.signal(signal.SIGINT, _stop)
     code = run(arguments)
     if in_charge:  # it is done, and its exit code says how: there is nothing left to stop
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -101,8 +104,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, answered as Ctrl-C is: nothing is left half-done. (While a network trains, training answers both.)"""
 
 
-def _terminated(signum: int, frame: Any) -> None:
-    raise Terminated
+_stops: list[int] = []  # the signals that asked this run to stop
+
+
+def _stop(signum: int, frame: Any) -> None:
+    # Noted, as the exception may not come out as itself: compiled code that is interrupted (pydantic's, while it is
+    # imported) makes an error of its own of it.
+    _stops.append(signum)
+    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -120,25 +129,32 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = getattr(getattr(error, "ctx", None), "command_path", "scl-defense")
         return _fail(error.format_message().replace("\n", " "), 2, debug, f" (see: {command} --help)")
     except (click.Abort, KeyboardInterrupt) as error:  # click makes its own of a KeyboardInterrupt
-        terminated = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
-        return _fail("stopped", 143 if terminated else 130, debug)
+        return _stopped(isinstance(error, Terminated) or isinstance(error.__cause__, Terminated), debug)
     except PeerFailed as error:  # it is said where it happened
         from scl_defense.runtime import hear_out
 
         hear_out()
         return error.exit_code
     except SclDefenseError as error:
+        if _stops:
+            return _stopped(signal.SIGTERM in _stops, debug)
         return _fail(" ".join(str(error).split()), error.exit_code, debug)
     except BrokenPipeError:  # the reader of a pipe has gone: `... | head`
         sys.stderr.close()
         return 1
     except Exception as error:
+        if _stops:
+            return _stopped(signal.SIGTERM in _stops, debug)
         return _fail(
             f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (this is a bug or a broken component; "
             "--debug shows where)",
             1,
             debug,
         )
+
+
+def _stopped(terminated: bool, debug: bool) -> int:
+    return _fail("stopped", 143 if terminated else 130, debug)
 
 
 def _fail(message: str, code: int, debug: bool, hint: str = "") -> int:

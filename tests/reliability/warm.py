@@ -82,10 +82,10 @@ def child(order):
         os.dup2(opened, number)
         os.close(opened)
     faulthandler.register(signal.SIGUSR2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     from scl_defense.cli import app
 
-    signal.signal(signal.SIGTERM, app._terminated)  # as main() does at once
+    signal.signal(signal.SIGTERM, app._stop)  # as main() does at once
+    signal.signal(signal.SIGINT, app._stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     if order.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
