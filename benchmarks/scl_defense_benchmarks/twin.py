@@ -196,10 +196,14 @@ def again(twin: Twin, precision: Precision) -> Twin:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether this machine multiplies bfloat16 faster than float32."""
+    """Whether this machine multiplies bfloat16 faster than float32.
+
+    A CPU is asked for its features, not timed: what a run finds must not hang on what else the machine does. AVX-512's
+    dot products of bfloat16 are not enough, with them alone a product took twice as long as in float32 (docs/speed.md).
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _always_training(network: nn.Module) -> bool:

@@ -64,13 +64,14 @@ def write(folder: Path, part: str, rows: list[dict[str, Any]], settings: dict[st
 def to_renew(folder: Path, part: str) -> dict[str, Any] | None:
     """What ``folder/part.json`` holds, for some of it to be measured anew; ``None`` where there is no such file.
 
-    Raises :class:`UserError` where processor, threads or versions are not those of the file: ratios would stand beside
-    others of another machine.
+    Raises :class:`UserError` where processor, its features, threads or versions are not those of the file: ratios would
+    stand beside others of another machine.
     """
     content, here = read_all(folder).get(part), machine()
     if content is None:
         return None
-    differ = [name for name in ("processor", "cores", "threads") if content["machine"][name] != here[name]]
+    alike = ("processor", "cores", "threads", "bf16", "amx")
+    differ = [name for name in alike if content["machine"].get(name) != here[name]]
     differ += [name for name, one in peer_versions().items() if content["versions"].get(name) != one]
     if differ:
         raise UserError(f"'{folder / f'{part}.json'}' was measured with another {', '.join(differ)}; measure all of it")

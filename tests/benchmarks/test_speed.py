@@ -272,9 +272,9 @@ def test_some_comparisons_are_measured_anew_on_the_same_machine_only(tmp_path, m
     (anew,) = content["again"]  # once, although it was written after every comparison
     assert f"{bars.CNN}: curve-8" in anew["comparisons"] and "stopped" not in anew
     path = tmp_path / "attacks.json"
-    path.write_text(path.read_text().replace('"threads": ', '"threads": 9'))
+    path.write_text(json.dumps(content | {"machine": here | {"threads": 92, "amx": not here["amx"]}}))
     assert command.main(["--out", str(tmp_path), "--again", bars.CNN]) == 2
-    assert "with another threads; measure all of it" in capsys.readouterr().err
+    assert "with another threads, amx; measure all of it" in capsys.readouterr().err
     assert command.main(["--out", str(tmp_path), "--again", "no-such-task"]) == 2
     assert "'no-such-task' is no comparison" in capsys.readouterr().err
     assert command.main(["--out", str(tmp_path), "--only", "losses", "--again", bars.CNN]) == 2

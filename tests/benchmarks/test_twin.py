@@ -165,6 +165,16 @@ def test_what_runs_in_which_precision(monkeypatch):
         run(torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), native.FGSM(), precision="half")
 
 
+@pytest.mark.parametrize("tiles", [True, False])
+def test_bfloat16_pays_on_a_cpu_with_tiles(monkeypatch, tiles):
+    """AVX-512's products of bfloat16, which every CPU with tiles has too, are slower than those of float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert twin.bf16_pays(CPU) is tiles
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # a torch that does not say
+    assert twin.bf16_pays(CPU) is False and twin.bf16_pays(torch.device("meta")) is False
+
+
 class Fine(nn.Module):
     """Class 1 where the first pixel is above 0.5, by however little; in bfloat16 0.501 is 0.5."""
 
