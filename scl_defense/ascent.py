@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from scl_defense.draws import Draws, Several
 from scl_defense.errors import ComponentError, UserError
 from scl_defense.losses import infonce, ntxent, unit
 from scl_defense.runtime import anywhere, ranks
@@ -39,7 +40,8 @@ def ascend(
     rel_step: float | None = None,
     start: Start = "uniform",
     stopping: bool = False,
-    rng: torch.Generator,
+    at_once: int | None = None,
+    rng: Draws,
 ) -> Tensor:
     """Maximise ``objective`` over the ball around each image; returns the last iterate, detached, shaped as images.
 
@@ -51,6 +53,7 @@ def ascend(
     stopping: the objective also gets the places of its points in ``images``, and says which of them are done: those
     stay where they are and are passed no more. The batch that is left is filled up with a few of its points, passed
     twice, to one of eight sizes an octave: what prepares its kernels anew for every size of batch meets few of them.
+    at_once: then, the most points of one call; default: all that are left.
 
     Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched. Train/eval mode is the
     caller's (see :func:`scl_defense.guard.frozen`). A sample whose gradient is zero or not finite everywhere gets a
@@ -67,31 +70,28 @@ def ascend(
     elif start == "uniform":
         adversarial = threat.random_start(images, rng)
     elif start == "gaussian":
-        noise = torch.randn(images.shape, generator=rng, device=rng.device, dtype=torch.float32)
-        adversarial = threat.project(images, images + GAUSSIAN_START * noise.to(images))
+        noise = rng.each(_gaussian, images) if isinstance(rng, Several) else _gaussian(images, rng)
+        adversarial = threat.project(images, images + GAUSSIAN_START * noise)
     elif start == "zero":
         adversarial = images.clone()
     else:
         raise ComponentError(f"start {start!r} must be uniform, gaussian, zero or a tensor")
     length = threat.radius * (default_rel_step(steps) if rel_step is None else rel_step)
-    left = torch.arange(len(images), device=images.device) if stopping else None
+    if not stopping:
+        for _ in range(steps):
+            adversarial = _step(cast(Objective, objective), images, adversarial, threat, length, rng)
+        return adversarial
+    left = torch.arange(len(images), device=images.device)
     for _ in range(steps):
-        if left is None:
-            adversarial = _step(cast(Objective, objective), images, adversarial, threat, length, images, rng)
-            continue
-        rows, done = filled_up(left), torch.zeros(len(left), dtype=torch.bool, device=images.device)
-
-        def ask(points: Tensor, rows: Tensor = rows, done: Tensor = done) -> Tensor:
-            values, verdict = cast(StoppingObjective, objective)(points, rows)
-            done |= verdict[: len(done)]
-            return values
-
-        moved = _step(ask, images[left], adversarial[rows], threat, length, images, rng, left)
-        adversarial = adversarial.index_copy(0, left[~done], moved[~done])
-        left = left[~done]
         if not len(left):
             break
+        how = cast(StoppingObjective, objective), images, threat, length
+        left = _step_of(left, adversarial, *how, at_once=at_once or len(left), rng=rng)
     return adversarial
+
+
+def _gaussian(images: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(images.shape, generator=rng, device=rng.device, dtype=torch.float32).to(images)
 
 
 def filled_up(left: Tensor) -> Tensor:
@@ -101,33 +101,65 @@ def filled_up(left: Tensor) -> Tensor:
 
 
 def _step(
-    objective: Objective,
+    objective: Objective, images: Tensor, points: Tensor, threat: ThreatModel, length: float, rng: Draws
+) -> Tensor:
+    """One step from ``points`` and back into the ball around ``images``."""
+    if len(points) == 0:  # other processes have images: what they draw is drawn here too
+        if anywhere(False):
+            threat.random_direction(images, rng)
+        return points
+    direction, stuck = _direction(_gradient(objective, points), points, threat)
+    # Drawn for the whole batch: the number drawn does not depend on which samples are stuck, nor on who has them.
+    if anywhere(stuck.any()):
+        direction = torch.where(stuck.view(-1, 1, 1, 1), threat.random_direction(images, rng), direction)
+    return threat.project(images, points + length * direction)
+
+
+def _step_of(
+    left: Tensor,
+    adversarial: Tensor,
+    objective: StoppingObjective,
     images: Tensor,
-    points: Tensor,
     threat: ThreatModel,
     length: float,
-    whole: Tensor,
-    rng: torch.Generator,
-    rows: Tensor | None = None,
+    *,
+    at_once: int,
+    rng: Draws,
 ) -> Tensor:
-    """One step from ``points`` and back into the ball around ``images``; these are the ``rows`` of ``whole``.
+    """One step of the images ``left``, written into ``adversarial``; which are left after it."""
+    staying, stuck_ones = list[Tensor](), list[tuple[Tensor, Tensor]]()
+    for part in left.tensor_split(-(-len(left) // at_once)):
+        rows, done = filled_up(part), torch.zeros(len(part), dtype=torch.bool, device=images.device)
 
-    Points beyond the images are passed with the others and go nowhere.
-    """
-    if len(points) == 0:  # other processes have images: what they draw is drawn here too
-        if rows is None and anywhere(False):
-            threat.random_direction(whole, rng)
-        return points
-    gradient, points = _gradient(objective, points)[: len(images)], points[: len(images)]
-    # NaN is no direction; an infinite slope is the largest there is.
+        def ask(points: Tensor, rows: Tensor = rows, done: Tensor = done) -> Tensor:
+            values, verdict = objective(points, rows)
+            done |= verdict[: len(done)]
+            return values
+
+        points = adversarial[rows]
+        gradient, points = _gradient(ask, points)[: len(part)], points[: len(part)]
+        direction, stuck = _direction(gradient, points, threat)
+        moved = threat.project(images[part], points + length * direction)
+        going = part[~done]
+        adversarial.index_copy_(0, going, moved[~done])
+        staying.append(going)
+        if stuck.any():
+            stuck_ones.append((part[stuck], points[stuck & ~done]))
+    left = torch.cat(staying)
+    if stuck_ones:
+        # Drawn for the whole batch, or all of a part of it: how much does not depend on which samples are stuck.
+        where = torch.cat([places for places, _ in stuck_ones])
+        drawn = threat.random_direction(images, rng.alone(where) if isinstance(rng, Several) else rng)
+        where = where[torch.isin(where, left)]
+        points = torch.cat([points for _, points in stuck_ones])
+        adversarial.index_copy_(0, where, threat.project(images[where], points + length * drawn[where]))
+    return left
+
+
+def _direction(gradient: Tensor, points: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+    """The steepest direction, and (N,) where there is none. NaN is no slope, an infinite one the largest there is."""
     flat = torch.nan_to_num(gradient.flatten(1), nan=0.0)
-    direction = threat.steepest(flat.view_as(images), points)
-    stuck = flat.abs().amax(1) == 0
-    # Drawn for the whole batch: the number drawn does not depend on which samples are stuck, nor on who has them.
-    if anywhere(stuck.any()) if rows is None else stuck.any():
-        drawn = threat.random_direction(whole, rng)
-        direction = torch.where(stuck.view(-1, 1, 1, 1), drawn if rows is None else drawn[rows], direction)
-    return threat.project(images, points + length * direction)
+    return threat.steepest(flat.view_as(points), points), flat.abs().amax(1) == 0
 
 
 def _gradient(objective: Objective, adversarial: Tensor) -> Tensor:

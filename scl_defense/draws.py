@@ -1,7 +1,7 @@
 """Random numbers that do not know the batch size: a part of a chunk draws what it would have got in the whole."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -23,6 +23,45 @@ _FILLING = {
 _DRAWING = {torch.rand, torch.randn, torch.randint, torch.randperm}
 
 _state = threading.local()
+
+
+class Several:
+    """In place of one generator: parts of a batch that follow each other, each with so many rows and draws of its own.
+
+    What a part draws is what it would draw by itself, whoever else is in the batch.
+    """
+
+    def __init__(self, parts: Sequence[tuple[torch.Generator, int]]):
+        self.parts = [(rng, count) for rng, count in parts if count]
+        self._silent = [False] * len(self.parts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0][0].device if self.parts else torch.device("cpu")
+
+    def alone(self, rows: Tensor) -> "Several":
+        """The same, of which only the parts with one of these rows draw; the others have zeros for what is drawn."""
+        made, wanted, start = Several(self.parts), set(rows.tolist()), 0
+        for place, (_, count) in enumerate(self.parts):
+            made._silent[place] = wanted.isdisjoint(range(start, start + count))
+            start += count
+        return made
+
+    def each(self, function: Callable[[Tensor, torch.Generator], Tensor], images: Tensor) -> Tensor:
+        """``function`` of every part's images and generator, joined: shaped as ``images``.
+
+        So rounding is a part's own too: the last numbers of a tensor may be computed by other instructions.
+        """
+        made, start = [images[:0]], 0
+        for (rng, count), silent in zip(self.parts, self._silent, strict=True):
+            part = images[start : start + count]
+            made.append(torch.zeros_like(part) if silent else function(part, rng))
+            start += count
+        return torch.cat(made)
+
+
+#: What draws: torch's generator, or one for each part of a batch.
+Draws = torch.Generator | Several
 
 
 def image_by_image(

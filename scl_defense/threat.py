@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from scl_defense.draws import Draws, Several
 from scl_defense.errors import UserError
 
 NORMS = ("linf", "l2", "l1")  # those that have a direction of steepest ascent: what one can train in
@@ -176,8 +177,10 @@ class ThreatModel:
         projected = torch.where(outward, projected.nextafter(images.flatten(1)), projected)
         return projected.view_as(images).clamp(0, 1)
 
-    def random_start(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def random_start(self, images: Tensor, rng: Draws) -> Tensor:
         """A uniform point of the ball around each image, then projected into the box. L0: uniform pixels anew."""
+        if isinstance(rng, Several):
+            return rng.each(self.random_start, images)
         radius, (count, size) = self.radius, images.flatten(1).shape
         if self.norm == "l0":
             return self._repainted(images, _uniform(images.shape, images, rng), rng)
@@ -224,8 +227,10 @@ class ThreatModel:
         order = _uniform((len(images), flat.shape[2]), images, rng).argsort(1).argsort(1)
         return torch.where((order < self.radius)[:, None], paint.flatten(2), flat).view_as(images)
 
-    def random_direction(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def random_direction(self, images: Tensor, rng: Draws) -> Tensor:
         """A random direction of norm 1 for each image; not for L0, which has none."""
+        if isinstance(rng, Several):
+            return rng.each(self.random_direction, images)
         noise = _normal(images.shape, images, rng)
         if self.norm == "linf":
             return noise.sign()

@@ -10,6 +10,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 from scl_defense.ascent import ascend, default_rel_step
+from scl_defense.draws import Several
 from scl_defense.errors import ComponentError
 from scl_defense.threat import NORMS, ThreatModel
 
@@ -411,3 +412,80 @@ def test_a_batch_that_shrinks_has_few_sizes_and_every_image_ends_where_it_ends_a
             steps=k, rel_step=0.05, start="zero", rng=rng(),
         )  # fmt: skip
         assert torch.equal(together[k : k + 1], alone)
+
+
+# -- parts of a batch with draws of their own
+
+
+def stopping_objective(images, limits):
+    """Linear, without a slope for every fifth image until it is moved, done above a limit of each image's own."""
+    weights = randn(*images.shape, seed=5)
+
+    def objective(points, rows):
+        values = ((points - images[rows]) * weights[rows]).flatten(1).sum(1)
+        stuck = (rows % 5 == 0) & (values.abs() < 0.3 * limits[rows])
+        return torch.where(stuck, 0 * values, values), values.detach() > limits[rows]
+
+    return objective
+
+
+@pytest.mark.parametrize("start", ["zero", "uniform", "gaussian"])
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_parts_that_climb_together_climb_as_alone(threat, start):
+    """Each with its own draws, also for what is stuck in some of them alone, and with any number of points at once."""
+    sizes, images = [9, 0, 1, 23], interior(33, 1, 6, 6)
+    limits = 0.3 * threat.radius + threat.radius * rand(33, seed=2)
+    how = {"steps": 8, "rel_step": 0.2, "start": start, "stopping": True}
+    alone, done, first = [], [], 0
+    for number, size in enumerate(sizes):
+        part = images[first : first + size]
+        whole = stopping_objective(images, limits)
+
+        def objective(points, rows, first=first, whole=whole):
+            values, over = whole(points, rows + first)
+            done.append(over)
+            return values, over
+
+        alone.append(ascend(objective, part, threat, rng=rng(number), **how) if size else part)
+        first += size
+    assert any(one.any() for one in done) and not all(one.all() for one in done)
+    for at_once in (None, 1, 7, 16, 100):
+        draws = Several([(rng(number), size) for number, size in enumerate(sizes)])
+        passed = []
+        whole = stopping_objective(images, limits)
+
+        def counted(points, rows, whole=whole, passed=passed):
+            passed.append(len(set(rows.tolist())))
+            return whole(points, rows)
+
+        together = ascend(counted, images, threat, rng=draws, at_once=at_once, **how)
+        assert torch.equal(together, torch.cat(alone))
+        assert max(passed) <= (at_once or 33)
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_what_is_stuck_goes_on_from_where_it_is(threat, stopping):
+    images, draws = interior(5, 1, 4, 4), rng(3)
+    at = threat.random_start(images, draws)
+    wanted = threat.project(images, at + 0.4 * threat.radius * threat.random_direction(images, draws))
+
+    def flat(points, *rows):
+        values = 0 * points.flatten(1).sum(1)
+        return (values, torch.zeros(len(points), dtype=torch.bool)) if stopping else values
+
+    found = ascend(flat, images, threat, steps=1, rel_step=0.4, stopping=stopping, rng=rng(3))
+    assert torch.equal(found, wanted) and not torch.equal(found, at)
+
+
+def test_who_is_stuck_makes_nobody_else_draw():
+    """The second part's draws begin where they would without the first one, whose images have no slope."""
+    images, threat = interior(6, 1, 4, 4), ThreatModel("linf", "0.1")
+
+    def objective(points, rows):
+        values = ((points - images[rows]) * randn(6, 1, 4, 4)[rows]).flatten(1).sum(1)
+        return torch.where(rows < 3, 0 * values, values), torch.zeros(len(rows), dtype=torch.bool)
+
+    one, other = rng(1), rng(2)
+    ascend(objective, images, threat, steps=3, start="zero", stopping=True, rng=Several([(one, 3), (other, 3)]))
+    assert torch.equal(other.get_state(), rng(2).get_state()) and not torch.equal(one.get_state(), rng(1).get_state())

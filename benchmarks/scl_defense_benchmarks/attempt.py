@@ -11,8 +11,9 @@ from torch import Tensor
 from scl_defense.runtime import Ranks, ranks
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks.battery import PlannedAttack
-from scl_defense_benchmarks.chunks import Budget, Chunks, Crew, Found, Target, portions
+from scl_defense_benchmarks.chunks import Budget, Chunks, Found, Target
 from scl_defense_benchmarks.counting import Attempt, summed_up
+from scl_defense_benchmarks.crew import Crew, portions
 from scl_defense_benchmarks.examples import ExampleFile
 from scl_defense_benchmarks.state import State
 from scl_defense_benchmarks.tally import Tally, bits

@@ -1,26 +1,22 @@
-"""An attack on chunks of images: all its starts under guard, every example judged; and several chunks side by side."""
+"""An attack on chunks of images: all its starts under guard, every example judged."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from queue import SimpleQueue
-from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scl_defense.draws import RowsOf
+from scl_defense.draws import RowsOf, Several
 from scl_defense.guard import frozen
 from scl_defense.runtime import derive_seed, stream
 from scl_defense.threat import ThreatModel
 from scl_defense_benchmarks.battery import PlannedAttack
 from scl_defense_benchmarks.forward import decide, logits_of
-from scl_defense_benchmarks.library_guard import seeded_globals, side_by_side, worker
+from scl_defense_benchmarks.library_guard import seeded_globals
 from scl_defense_benchmarks.loans import Loan, Passes
 from scl_defense_benchmarks.tally import Tally, record_of
 from scl_defense_benchmarks.twin import CHECKED, Choice, Twin, rounds, twin_of
@@ -65,153 +61,148 @@ class Budget:
 Chunks = Sequence[tuple[int, Tensor]]
 #: A chunk's record and its examples.
 Found = tuple[dict[str, Any], Tensor]
-_AHEAD = 2  # chunks a worker that may be done before an earlier one is
 
 
-def portions(missing: Chunks, workers: int, world: int) -> list[Chunks]:
-    """What is begun together. Of several processes a chunk for every worker of each: then they tell each other. Of one
-    all that keeps every worker busy; the few that are left over share the cores.
+@dataclass
+class _Chunk:
+    """A chunk in work. number: its seeds are derived from it; passes: its own share of what was passed.
+
+    won: broken within the ball; doubted: what fooled the bfloat16 twin did not fool the network.
     """
-    whole = len(missing) - len(missing) % workers if world == 1 else workers * world
-    ends = [whole, len(missing)] if world == 1 else [*range(whole, len(missing), whole), len(missing)]
-    return [missing[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
+
+    number: int
+    places: Tensor
+    images: Tensor
+    labels: Tensor
+    tally: Tally
+    best: Tensor
+    won: Tensor
+    doubted: Tensor
+    passes: Passes
+
+    @classmethod
+    def of(cls, target: Target, number: int, places: Tensor, balls: int) -> "_Chunk":
+        here, m = places.to(target.images.device), len(places)
+        images, labels = target.images[here], target.labels[here]
+        nothing, tally = torch.zeros(m, dtype=torch.bool), Tally.empty(m, balls)
+        return cls(number, places, images, labels, tally, images.clone(), nothing, nothing.clone(), Passes())
+
+    def counters(self, restart: int) -> tuple[int, ...]:
+        """The same for every attack: the attack alone differs."""
+        return (self.number, restart) if restart else (self.number,)
 
 
-class Crew:
-    """Workers with a loan each. With one of them nothing runs in another thread."""
+@dataclass
+class _Asked:
+    """What of a chunk is attacked in a round: its rows, and what came back of them, which is less where it failed."""
 
-    def __init__(self, target: Target, workers: int):
-        self.target = target
-        self.loans = [Loan(target.twin) for _ in range(workers)]
-
-    def __enter__(self) -> "Crew":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for loan in self.loans:
-            loan.close()
-
-    def attack(
-        self,
-        planned: PlannedAttack,
-        chunks: Chunks,
-        balls: Sequence[ThreatModel],
-        seed: int,
-        budget: Budget,
-        fits: Callable[[], bool] = lambda: True,
-    ) -> Generator[Found | None]:
-        """What came of every chunk, in their order, as soon as it is known; a worker that is free takes the next one.
-
-        fits: asked before a chunk is begun; ``None`` instead of a chunk that was not, and of all behind it.
-        """
-
-        def one(loan: Loan, chunk: int, places: Tensor, alone: bool) -> Found:
-            return attack_chunk(self.target, planned, loan, places, chunk, balls, seed, budget, alone)
-
-        beside = min(len(self.loans), len(chunks))
-        if beside <= 1:
-            for chunk, places in chunks:
-                yield one(self.loans[0], chunk, places, True) if fits() else None
-            return
-        threads, free, over = torch.get_num_threads(), SimpleQueue[Loan](), Event()
-        for loan in self.loans[:beside]:
-            free.put(loan)
-
-        def on_worker(chunk: int, places: Tensor) -> Found | None:
-            if over.is_set() or not fits():
-                over.set()
-                return None
-            torch.set_num_threads(max(1, threads // beside))
-            loan = free.get()
-            try:
-                with torch.no_grad(), worker():
-                    record, best = one(loan, chunk, places, False)
-            finally:
-                free.put(loan)
-            # Side by side they take less than one after the other: what is reported is the time that passes.
-            record["seconds"] = round(record["seconds"] / beside, 6)
-            return record, best
-
-        waiting, started = list(chunks), deque[Future[Found | None]]()
-        try:
-            with side_by_side(), ThreadPoolExecutor(beside) as pool:
-                try:
-                    while waiting or started:
-                        while waiting and len(started) < _AHEAD * beside:
-                            started.append(pool.submit(on_worker, *waiting.pop(0)))
-                        yield started.popleft().result()
-                finally:
-                    over.set()  # who does not ask for the rest does not wait for it
-        finally:
-            torch.set_num_threads(threads)
+    chunk: _Chunk
+    rows: Tensor
+    returned: Tensor
+    guided: Tensor
 
 
-def attack_chunk(
+def attack_chunks(
     target: Target,
     planned: PlannedAttack,
     loan: Loan,
-    places: Tensor,
-    chunk: int,
+    chunks: Chunks,
     balls: Sequence[ThreatModel],
     seed: int,
     budget: Budget,
     alone: bool,
-) -> tuple[dict[str, Any], Tensor]:
-    """All starts of an attack on one chunk: what came of each image, and what it cost, as plain JSON types; and the
-    best examples. alone: nobody else uses the global random state meanwhile.
+) -> list[Found]:
+    """All starts of an attack on chunks: what came of each image, and what it cost, as plain JSON types; and the best
+    examples. alone: nobody else uses the global random state meanwhile.
+
+    Several chunks only for an attack that is ``grouped`` (see :meth:`scl_defense_benchmarks.native.PGD.together`) and
+    a network that draws nothing: each chunk has its own draws, so that no number depends on which others are with it.
     """
-    device, threat, minimal = target.images.device, planned.threat, bool(planned.attack.minimal)
-    images, labels = target.images[places.to(device)], target.labels[places.to(device)]
-    tally, m = Tally.empty(len(places), len(balls)), len(places)
-    best, passes = images.clone(), loan.passes
-    passes.forwards = passes.backwards = 0
-    passes.traceable = True
-    won, doubted = torch.zeros(m, dtype=torch.bool), torch.zeros(m, dtype=torch.bool)
-    for precision, restart, doubted_only in rounds(planned, budget.precision, device):
-        rows = (~won & doubted if doubted_only else ~won).nonzero().squeeze(1)
-        if tally.fault:
+    work = [_Chunk.of(target, number, places, len(balls)) for number, places in chunks]
+    for precision, restart, doubted_only in rounds(planned, budget.precision, target.images.device):
+        if any(one.tally.fault for one in work):
             break
-        if not len(rows):
+        asked = []
+        for one in work:
+            rows = (~one.won & one.doubted if doubted_only else ~one.won).nonzero().squeeze(1)
+            if len(rows):
+                asked.append(_Asked(one, rows, one.images[:0], one.images.new_zeros(0, dtype=torch.bool)))
+        if not asked:
             continue
         twin = loan.twin(precision)
-        counters = (chunk, restart) if restart else (chunk,)  # the same for every attack: the attack alone differs
-        returned, guided = _called(planned, twin, passes, images, labels, rows, seed, counters, budget, tally, alone)
-        rows = rows[: len(returned)]
-        if not len(rows):
-            break
-        given, truth = images[rows.to(device)], labels[rows.to(device)]
-        with _seeded(derive_seed(seed, "judge", *counters), alone):
-            verdict = judge(target.network, given, truth, returned, threat, minimal=minimal)
-            predicted = torch.where(verdict.fooled, verdict.predicted, -1).cpu()
-            if precision != "fp32" and not bool(verdict.fooled.all()):
-                # What fools the twin alone has stopped the attack too early: once more in float32.
-                spared = ~verdict.fooled
-                claimed = decide(loan.unwatched(twin, verdict.examples[spared])) != truth[spared]
-                doubted[rows[spared.cpu()]] |= claimed.cpu()
-        fooled, distance = verdict.fooled.cpu(), verdict.distance.cpu().double()
-        for name in ("moved", "outside_box", "outside_ball", "nonfinite"):
-            getattr(tally, name)[rows] |= getattr(verdict, name).cpu()
-        tally.guided[rows] |= guided.cpu()
-        for ball, one in enumerate(balls):  # also of an invalid attack: an example that we checked is one
-            tally.inside[ball, rows] |= fooled & one.contains(given, verdict.examples).cpu()
-        # Of several examples the last counts, unless an earlier one fools and this one does not, or not as near.
-        had, near = tally.fooled[rows], tally.distance[rows]
-        better = ~tally.tried[rows] | (fooled & ~had) | (fooled & had & (distance < near)) | (~fooled & ~had)
-        taken = rows[better]
-        tally.tried[rows] = True
-        tally.fooled[taken], tally.distance[taken] = fooled[better], distance[better]
-        tally.predicted[taken] = predicted[better]
-        best[taken.to(device)] = verdict.examples[better.to(device)]
-        won = tally.fooled & (tally.distance <= threat.tolerance())
-    if bool(tally.fooled.any()):
-        where = tally.fooled.nonzero().squeeze(1)
-        with _seeded(derive_seed(seed, "judge rounded", chunk), alone):
-            eight_bit = best[where.to(device)].mul(255).round().div(255)
-            tally.rounded[where] = (
-                decide(logits_of(target.network, eight_bit, multiple=8)) != labels[where.to(device)]
-            ).cpu()
-    tally.changed_weights = loan.changed()
-    return record_of(tally, places, passes), best
+        if len(work) > 1:
+            if not _called_together(planned, twin, loan.passes, asked, seed, restart, budget):
+                # A fault is one chunk's, and which are attacked before it must not depend on who is with them.
+                singly = ([one] for one in chunks)
+                return [
+                    found
+                    for one in singly
+                    for found in attack_chunks(target, planned, loan, one, balls, seed, budget, alone)
+                ]
+        else:
+            _called(planned, twin, loan.passes, asked[0], seed, restart, budget, alone)
+        for one_asked in asked:
+            one_asked.rows = one_asked.rows[: len(one_asked.returned)]
+            if len(one_asked.rows):
+                rough = twin if precision != "fp32" else None
+                _judge(target, planned, one_asked, balls, seed, restart, alone, loan, rough)
+    changed = loan.changed()
+    for one in work:
+        _round(target, one, seed, alone)
+        one.tally.changed_weights = changed
+    return [(record_of(one.tally, one.places, one.passes), one.best) for one in work]
+
+
+def _judge(
+    target: Target,
+    planned: PlannedAttack,
+    asked: _Asked,
+    balls: Sequence[ThreatModel],
+    seed: int,
+    restart: int,
+    alone: bool,
+    loan: Loan,
+    rough: Twin | None,
+) -> None:
+    """Our verdict on what came back. rough: the twin that it was made on, where that rounds more than the network."""
+    chunk, rows, threat = asked.chunk, asked.rows, planned.threat
+    tally, device = chunk.tally, chunk.images.device
+    given, truth = chunk.images[rows.to(device)], chunk.labels[rows.to(device)]
+    with _seeded(derive_seed(seed, "judge", *chunk.counters(restart)), alone):
+        verdict = judge(target.network, given, truth, asked.returned, threat, minimal=bool(planned.attack.minimal))
+        predicted = torch.where(verdict.fooled, verdict.predicted, -1).cpu()
+        if rough is not None and not bool(verdict.fooled.all()):
+            # What fools the twin alone has stopped the attack too early: once more in float32.
+            spared = ~verdict.fooled
+            claimed = decide(loan.unwatched(rough, verdict.examples[spared])) != truth[spared]
+            chunk.doubted[rows[spared.cpu()]] |= claimed.cpu()
+    fooled, distance = verdict.fooled.cpu(), verdict.distance.cpu().double()
+    for name in ("moved", "outside_box", "outside_ball", "nonfinite"):
+        getattr(tally, name)[rows] |= getattr(verdict, name).cpu()
+    tally.guided[rows] |= asked.guided.cpu()
+    for ball, one in enumerate(balls):  # also of an invalid attack: an example that we checked is one
+        tally.inside[ball, rows] |= fooled & one.contains(given, verdict.examples).cpu()
+    # Of several examples the last counts, unless an earlier one fools and this one does not, or not as near.
+    had, near = tally.fooled[rows], tally.distance[rows]
+    better = ~tally.tried[rows] | (fooled & ~had) | (fooled & had & (distance < near)) | (~fooled & ~had)
+    taken = rows[better]
+    tally.tried[rows] = True
+    tally.fooled[taken], tally.distance[taken] = fooled[better], distance[better]
+    tally.predicted[taken] = predicted[better]
+    chunk.best[taken.to(device)] = verdict.examples[better.to(device)]
+    chunk.won = tally.fooled & (tally.distance <= threat.tolerance())
+
+
+def _round(target: Target, chunk: _Chunk, seed: int, alone: bool) -> None:
+    """Whether what fools does so as an 8-bit image too."""
+    if not bool(chunk.tally.fooled.any()):
+        return
+    where = chunk.tally.fooled.nonzero().squeeze(1)
+    here = where.to(chunk.images.device)
+    with _seeded(derive_seed(seed, "judge rounded", chunk.number), alone):
+        eight_bit = chunk.best[here].mul(255).round().div(255)
+        predicted = decide(logits_of(target.network, eight_bit, multiple=8))
+    chunk.tally.rounded[where] = (predicted != chunk.labels[here]).cpu()
 
 
 def _seeded(seed: int, alone: bool) -> AbstractContextManager[None]:
@@ -223,27 +214,24 @@ def _called(
     planned: PlannedAttack,
     network: nn.Module,
     passes: Passes,
-    images: Tensor,
-    labels: Tensor,
-    rows: Tensor,
+    asked: _Asked,
     seed: int,
-    counters: tuple[int, ...],
+    restart: int,
     budget: Budget,
-    tally: Tally,
     alone: bool,
-) -> tuple[Tensor, Tensor]:
-    """What the attack returns for ``rows``, ``budget.batch_size`` at a time, and which had a usable gradient.
-
-    Shorter than ``rows`` where it failed; ``tally`` is told the fault, the time, and whether it wrote its input.
+) -> None:
+    """Ask the attack for a chunk's rows, ``budget.batch_size`` at a time. The chunk's tally is told a fault, the time,
+    and whether it wrote its input.
     """
-    returned, guided, start = [images[:0]], [images.new_zeros(0, dtype=torch.bool)], 0
+    chunk, counters = asked.chunk, asked.chunk.counters(restart)
+    images, labels, tally, rows = chunk.images, chunk.labels, chunk.tally, asked.rows
+    returned, guided, start = [asked.returned], [asked.guided], 0
     while start < len(rows):
         part = rows[start : start + budget.batch_size].to(images.device)
         given, truth = images[part], labels[part]  # indexing copies: the attack may not reach ours
-        passes.witness = torch.zeros(len(part), dtype=torch.bool, device=images.device)
-        passes.paid = torch.zeros(len(part), dtype=torch.float64)
-        before, began = (passes.forwards, passes.backwards, passes.traceable), time.perf_counter()
+        passes.begin(len(part), images.device)
         as_in_whole = RowsOf(start, start + len(part), len(rows)) if len(part) < len(rows) else nullcontext()
+        began = time.perf_counter()
         try:
             with (
                 frozen(network),
@@ -255,23 +243,77 @@ def _called(
             made = check_returned(made, images[part])
             made.sum().item()  # waits for the device, so that the time is the attack's
         except Exception as error:  # the battery goes on: a failed attack is a row
-            if _is_out_of_memory(error) and len(part) > 1:
-                error.__traceback__ = None  # it holds the tensors that did not fit
-                budget.batch_size, budget.halved = (len(part) + 1) // 2, True
-                passes.forwards, passes.backwards, passes.traceable = before
-                if images.is_cuda:
-                    torch.cuda.empty_cache()
+            if _smaller(error, len(part), budget):
                 continue
-            tally.fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")
+            chunk.passes.add(passes)
+            tally.fault = _fault(error)
             break
         finally:
             tally.seconds += time.perf_counter() - began
+        chunk.passes.add(passes)
         tally.wrote_input |= not (torch.equal(given, images[part]) and torch.equal(truth, labels[part]))
         returned.append(made)
         guided.append(passes.witness)
         tally.forwards[rows[start : start + len(part)]] += passes.paid
         start += len(part)
-    return torch.cat(returned), torch.cat(guided)
+    asked.returned, asked.guided = torch.cat(returned), torch.cat(guided)
+
+
+def _called_together(
+    planned: PlannedAttack,
+    network: nn.Module,
+    passes: Passes,
+    asked: Sequence[_Asked],
+    seed: int,
+    restart: int,
+    budget: Budget,
+) -> bool:
+    """The same of several chunks in one call: the attack itself passes ``budget.batch_size`` at a time. False, and
+    nothing is told, where it failed.
+    """
+    attack: Any = planned.attack
+    sizes = [len(one.rows) for one in asked]
+    images = torch.cat([one.chunk.images[one.rows.to(one.chunk.images.device)] for one in asked])
+    labels = torch.cat([one.chunk.labels[one.rows.to(one.chunk.labels.device)] for one in asked])
+    given, truth, began, made = images.clone(), labels.clone(), time.perf_counter(), None
+    while made is None:
+        draws = [stream(seed, "attack", *one.chunk.counters(restart)) for one in asked]
+        several, at_once = Several(list(zip(draws, sizes, strict=True))), min(budget.batch_size, len(images))
+        passes.begin(len(images), images.device)
+        try:
+            with frozen(network), torch.enable_grad():
+                made = attack.together(network, given, truth, planned.threat, several, at_once)
+            made = check_returned(made, images)
+            made.sum().item()
+        except Exception as error:  # whatever it is: it is met again, and told, chunk by chunk
+            made = None
+            if not _smaller(error, at_once, budget):
+                return False
+    seconds = time.perf_counter() - began
+    wrote = not (torch.equal(given, images) and torch.equal(truth, labels))
+    shares = (values.split(sizes) for values in (made, passes.witness, passes.paid, passes.repaid))
+    for one, examples, guided, paid, repaid in zip(asked, *shares, strict=True):
+        one.returned, one.guided, tally = examples, guided, one.chunk.tally
+        tally.forwards[one.rows] += paid
+        tally.wrote_input |= wrote
+        tally.seconds += seconds * len(one.rows) / len(images)
+        one.chunk.passes.add(Passes(round(float(paid.sum())), int(repaid.sum()), traceable=passes.traceable))
+    return True
+
+
+def _smaller(error: Exception, had: int, budget: Budget) -> bool:
+    """Whether memory ran out, and fewer images at a time are worth trying: the budget is told."""
+    if not _is_out_of_memory(error) or had <= 1:
+        return False
+    error.__traceback__ = None  # it holds the tensors that did not fit
+    budget.batch_size, budget.halved = (had + 1) // 2, True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return True
+
+
+def _fault(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")
 
 
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED")

@@ -16,14 +16,28 @@ from scl_defense_benchmarks.twin import Precision, Twin, again
 class Passes:
     """What an attack's calls cost, and which images of the call in progress ever had a usable gradient.
 
-    paid: (M,) forward passes of each image of the call in progress. What cannot be told apart is shared equally.
+    paid, repaid: (M,) forward and backward passes of each image of the call in progress. What cannot be told apart is
+    shared equally (paid) or among those of a chunk (repaid: not counted then). An image that only fills a batch up, as
+    it is in it already, is not counted twice.
     """
 
     forwards: int = 0
     backwards: int = 0
     paid: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    repaid: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     witness: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     traceable: bool = True  # every backward pass so far had as many rows as the call
+
+    def begin(self, count: int, device: torch.device) -> None:
+        """A call for so many images begins."""
+        self.forwards, self.backwards, self.traceable = 0, 0, True
+        self.witness = torch.zeros(count, dtype=torch.bool, device=device)
+        self.paid, self.repaid = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+
+    def add(self, other: "Passes") -> None:
+        """Take in what another has counted in all."""
+        self.forwards, self.backwards = self.forwards + other.forwards, self.backwards + other.backwards
+        self.traceable &= other.traceable
 
 
 class Loan:
@@ -87,7 +101,8 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
     def on_backward(gradient: Tensor) -> None:
         rows: Any = network.rows
         if rows is not None and len(gradient) == len(rows):
-            passes.backwards += len(rows.unique())
+            passes.backwards += len(set(rows.tolist()))
+            passes.repaid[rows.to(passes.repaid.device)] += 1
         else:
             passes.backwards += len(gradient)
             if len(gradient) != len(passes.witness):
@@ -112,10 +127,12 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() > 0:
-            passes.forwards += len(output)
             if network.rows is not None and len(output) == len(network.rows):
-                passes.paid[network.rows.to(passes.paid.device)] += 1  # one: an image twice in a batch only fills it up
-            elif len(passes.paid):
+                passes.forwards += len(set(network.rows.tolist()))
+                passes.paid[network.rows.to(passes.paid.device)] += 1
+                return
+            passes.forwards += len(output)
+            if len(passes.paid):
                 passes.paid += len(output) / len(passes.paid)
 
     return [network.register_forward_pre_hook(before), network.register_forward_hook(after)]

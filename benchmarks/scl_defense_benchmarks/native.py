@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scl_defense.ascent import ascend
+from scl_defense.draws import Draws
 from scl_defense.guard import frozen
 from scl_defense.threat import ALL_NORMS, NORMS, ThreatModel
 from scl_defense.types import Field, component
@@ -65,6 +66,22 @@ class PGD:
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: torch.Generator
     ) -> Tensor:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
+        return self.together(classifier, images, labels, threat, rng, len(images))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether :meth:`together` may be given several chunks: as images fall, what is left of them fills a batch.
+
+        Not where a subclass does something of its own when it is called.
+        """
+        return self.early_stop and type(self).__call__ is PGD.__call__
+
+    def together(
+        self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: Draws, at_once: int
+    ) -> Tensor:
+        """The same on chunks that follow each other, each with its generator in ``rng``; at most ``at_once`` images are
+        passed at a time. What comes of an image is what its chunk alone would give.
+        """
         loss, labels = LOSSES[self.loss], labels.long()
         twin = classifier if isinstance(classifier, Twin) else None
 
@@ -86,6 +103,7 @@ class PGD:
                 rel_step=self.rel_step,
                 start="uniform" if self.random_start else "zero",
                 stopping=self.early_stop,
+                at_once=at_once,
                 rng=rng,
             )
         if twin is not None:

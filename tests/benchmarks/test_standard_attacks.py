@@ -160,7 +160,7 @@ def test_an_early_stop_of_apgd_passes_each_image_until_it_falls():
     images[:, 0, 0, 0] = torch.tensor([0.51, 0.52, 0.53, 0.54, 0.9, 0.95])
     made = Twin(network)
     passes = Passes()
-    passes.witness, passes.paid = torch.zeros(6, dtype=torch.bool), torch.zeros(6, dtype=torch.float64)
+    passes.begin(6, images.device)
     handles = loans._watch_passes(made, passes)
     with frozen(made), torch.enable_grad():
         found = APGDCE(steps=20)(made, images, labels, ThreatModel("linf", "0.1"), torch.Generator().manual_seed(0))
