@@ -57,7 +57,8 @@ def test_no_number_depends_on_who_is_attacked_together(
 ):
     images, labels = digits[0][1400:1560], digits[1][1400:1560]
     found = []
-    for most, workers, batch_size in ((1, 1, 128), (8, 1, 128), (8, 2, 128), (3, 3, 128), (8, 1, 48)):
+    ways = ((1, 1, 128), (8, 2, 128), (8, 1, 48), (3, 3, 128), (8, 1, 128))
+    for most, workers, batch_size in ways if precision == "fp32" else ways[:2]:
         monkeypatch.setattr(crew, "LOT", most)
         lots.clear()
         plan = once(attack, threat, restarts)
