@@ -53,7 +53,7 @@ def ascend(
     stopping: the objective also gets the places of its points in ``images``, and says which of them are done: those
     stay where they are and are passed no more. The batch that is left is filled up with a few of its points, passed
     twice, to one of eight sizes an octave: what prepares its kernels anew for every size of batch meets few of them.
-    at_once: then, the most points of one call; default: all that are left.
+    at_once: then, so many of those that are left are passed at a time; default: all of them.
 
     Gradients are taken with respect to the images alone: no parameter's ``.grad`` is touched. Train/eval mode is the
     caller's (see :func:`scl_defense.guard.frozen`). A sample whose gradient is zero or not finite everywhere gets a

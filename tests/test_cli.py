@@ -380,7 +380,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(tmp_path, sign
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("kind", ["RuntimeError", "scl_defense.UserError"])
+@pytest.mark.parametrize("kind", ["RuntimeError", "scl_defense.UserError", "KeyboardInterrupt", "BaseException"])
 def test_a_stop_that_compiled_code_made_an_error_of_is_a_stop(kind, signum, code):
     """As pydantic's does while it is imported: the KeyboardInterrupt is but a word in its error."""
     script = f"""
@@ -398,7 +398,27 @@ app.cli.add_command(wait)
 app.main(["wait"])
 """
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (process.returncode, process.stderr) == (code, "error: stopped\n")
+    # Click ends the line of a KeyboardInterrupt, on which a terminal shows ^C.
+    assert (process.returncode, process.stderr.lstrip("\n")) == (code, "error: stopped\n")
+
+
+def test_a_stop_that_was_answered_long_ago_hides_no_error():
+    script = """
+import os, signal, time, click, scl_defense
+from scl_defense.cli import app
+@click.command()
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True: pass
+    except KeyboardInterrupt:
+        app._stops = [(number, when - 60) for number, when in app._stops]
+    raise scl_defense.UserError("the file is missing")
+app.cli.add_command(work)
+app.main(["work"])
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stderr) == (2, "error: the file is missing\n")
 
 
 def test_a_run_whose_caller_ignores_ctrl_c_ignores_it_too():

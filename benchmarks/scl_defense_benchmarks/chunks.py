@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from scl_defense_benchmarks.battery import PlannedAttack
 from scl_defense_benchmarks.forward import decide, logits_of
 from scl_defense_benchmarks.library_guard import seeded_globals
 from scl_defense_benchmarks.loans import Loan, Passes
+from scl_defense_benchmarks.native import PGD
 from scl_defense_benchmarks.tally import Tally, record_of
 from scl_defense_benchmarks.twin import CHECKED, Choice, Twin, rounds, twin_of
 from scl_defense_benchmarks.verdicts import check_returned, judge
@@ -115,8 +116,8 @@ def attack_chunks(
     """All starts of an attack on chunks: what came of each image, and what it cost, as plain JSON types; and the best
     examples. alone: nobody else uses the global random state meanwhile.
 
-    Several chunks only for an attack that is ``grouped`` (see :meth:`scl_defense_benchmarks.native.PGD.together`) and
-    a network that draws nothing: each chunk has its own draws, so that no number depends on which others are with it.
+    Several chunks only for what :func:`scl_defense_benchmarks.native.takes_several` and a network that draws nothing:
+    each chunk has its own draws, so that no number depends on which others are with it. None of those behind a fault.
     """
     work = [_Chunk.of(target, number, places, len(balls)) for number, places in chunks]
     for precision, restart, doubted_only in rounds(planned, budget.precision, target.images.device):
@@ -133,12 +134,12 @@ def attack_chunks(
         if len(work) > 1:
             if not _called_together(planned, twin, loan.passes, asked, seed, restart, budget):
                 # A fault is one chunk's, and which are attacked before it must not depend on who is with them.
-                singly = ([one] for one in chunks)
-                return [
-                    found
-                    for one in singly
-                    for found in attack_chunks(target, planned, loan, one, balls, seed, budget, alone)
-                ]
+                found: list[Found] = []
+                for one_chunk in chunks:
+                    found += attack_chunks(target, planned, loan, [one_chunk], balls, seed, budget, alone)
+                    if found[-1][0]["fault"]:
+                        break
+                return found
         else:
             _called(planned, twin, loan.passes, asked[0], seed, restart, budget, alone)
         for one_asked in asked:
@@ -271,24 +272,21 @@ def _called_together(
     """The same of several chunks in one call: the attack itself passes ``budget.batch_size`` at a time. False, and
     nothing is told, where it failed.
     """
-    attack: Any = planned.attack
+    attack, began, at = cast(PGD, planned.attack), time.perf_counter(), asked[0].chunk.images.device
     sizes = [len(one.rows) for one in asked]
-    images = torch.cat([one.chunk.images[one.rows.to(one.chunk.images.device)] for one in asked])
-    labels = torch.cat([one.chunk.labels[one.rows.to(one.chunk.labels.device)] for one in asked])
-    given, truth, began, made = images.clone(), labels.clone(), time.perf_counter(), None
-    while made is None:
-        draws = [stream(seed, "attack", *one.chunk.counters(restart)) for one in asked]
-        several, at_once = Several(list(zip(draws, sizes, strict=True))), min(budget.batch_size, len(images))
-        passes.begin(len(images), images.device)
-        try:
-            with frozen(network), torch.enable_grad():
-                made = attack.together(network, given, truth, planned.threat, several, at_once)
-            made = check_returned(made, images)
-            made.sum().item()
-        except Exception as error:  # whatever it is: it is met again, and told, chunk by chunk
-            made = None
-            if not _smaller(error, at_once, budget):
-                return False
+    draws = [stream(seed, "attack", *one.chunk.counters(restart)) for one in asked]
+    several = Several(list(zip(draws, sizes, strict=True)))
+    passes.begin(sum(sizes), at)
+    try:
+        images = torch.cat([one.chunk.images[one.rows.to(at)] for one in asked])
+        labels = torch.cat([one.chunk.labels[one.rows.to(at)] for one in asked])
+        given, truth = images.clone(), labels.clone()
+        with frozen(network), torch.enable_grad():
+            made = attack.together(network, given, truth, planned.threat, several, budget.batch_size)
+        made = check_returned(made, images)
+        made.sum().item()
+    except Exception:  # whatever it is, too little memory too: it is met again, and told, chunk by chunk
+        return False
     seconds = time.perf_counter() - began
     wrote = not (torch.equal(given, images) and torch.equal(truth, labels))
     shares = (values.split(sizes) for values in (made, passes.witness, passes.paid, passes.repaid))

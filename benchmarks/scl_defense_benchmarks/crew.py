@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Event
+from typing import cast
 
 import torch
 
@@ -13,12 +14,13 @@ from scl_defense_benchmarks.battery import PlannedAttack
 from scl_defense_benchmarks.chunks import Budget, Chunks, Found, Target, attack_chunks
 from scl_defense_benchmarks.library_guard import side_by_side, worker
 from scl_defense_benchmarks.loans import Loan
+from scl_defense_benchmarks.native import PGD, takes_several
 
 #: Lots a worker that may be done before an earlier one is.
 _AHEAD = 2
 #: Chunks that are attacked together at most; where what a lot finds would be long in coming, fewer: by the steps of all
 #: starts, the bytes of images, the network's parameters. Of no clock: a lot's passes may round as a chunk's do not.
-LOT, LOT_STEPS, LOT_BYTES, LOT_PARAMETERS = 8, 400, 1 << 26, 1_000_000
+LOT, LOT_STEPS, LOT_BYTES, LOT_PARAMETERS = 8, 240, 1 << 26, 1_000_000
 
 
 def portions(missing: Chunks, workers: int, world: int) -> list[Chunks]:
@@ -31,13 +33,13 @@ def portions(missing: Chunks, workers: int, world: int) -> list[Chunks]:
 
 
 def lots(planned: PlannedAttack, target: Target, chunks: Chunks, beside: int, budget: Budget) -> list[Chunks]:
-    """What a worker takes at a time, as many chunks for each of them: one by one, but for an attack that is ``grouped``
-    (see :meth:`scl_defense_benchmarks.native.PGD.together`), of a small network that draws nothing, without a deadline.
+    """What a worker takes at a time, as many chunks for each of them: one, but for an attack that takes several (see
+    :func:`scl_defense_benchmarks.native.takes_several`), of a small network that draws nothing, without a deadline.
     """
-    size, attack = 1, planned.attack
+    size, attack = 1, cast(PGD, planned.attack)
     small = sum(parameter.numel() for parameter in target.network.parameters()) <= LOT_PARAMETERS
-    if getattr(attack, "grouped", False) and target.repeatable and small and budget.deadline is None:
-        steps = getattr(attack, "steps", 1) * getattr(planned, "restarts", 1)
+    if takes_several(attack) and target.repeatable and small and budget.deadline is None:
+        steps = attack.steps * (1 + getattr(planned, "restarts", 1)) // 2  # a restart gets what is left
         weight = max((len(places) for _, places in chunks), default=0) * target.images[:1].nbytes
         most = max(min(LOT, LOT_STEPS // max(steps, 1), LOT_BYTES // max(weight, 1)), 1)
         turns = max(-(-len(chunks) // (beside * most)), 1)
@@ -73,6 +75,8 @@ class Crew:
         fits: asked before a chunk is begun; ``None`` instead of a chunk that was not, and of all behind it.
         """
         beside = max(min(len(self.loans), len(chunks)), 1)
+        for loan in self.loans:
+            loan.withdrawn.clear()
         waiting = deque(lots(planned, self.target, chunks, beside, budget))
 
         def one(loan: Loan, lot: Chunks, alone: bool) -> list[Found]:
@@ -112,5 +116,7 @@ class Crew:
                         yield from started.popleft().result()
                 finally:
                     over.set()  # who does not ask for the rest does not wait for it
+                    for loan in self.loans:
+                        loan.withdrawn.set()
         finally:
             torch.set_num_threads(threads)

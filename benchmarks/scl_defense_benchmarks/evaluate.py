@@ -29,7 +29,7 @@ from scl_defense_benchmarks.planning import same_attack
 from scl_defense_benchmarks.results import BROKEN, EvaluationResult, WorstCase
 from scl_defense_benchmarks.state import State, identity_of, open_state
 from scl_defense_benchmarks.statistics import wilson
-from scl_defense_benchmarks.twin import CHECKED, Choice, twin_of
+from scl_defense_benchmarks.twin import CHECKED, Choice, bf16_pays, twin_of
 
 _BUFFERS = 32
 WORTH_PROBING = 0.03  # robust accuracy below which there is nothing left to be suspicious of
@@ -117,7 +117,8 @@ def evaluate(
         everybody = ranks()
 
         def opened() -> State:
-            how = {"seed": seed, "mode": mode, "precision": precision}
+            ran = "bf16" if bf16_pays(images.device) else "fp32"  # a state may be carried to another machine
+            how = {"seed": seed, "mode": mode, "precision": f"auto, {ran}" if precision == "auto" else precision}
             asked = identity_of(network, images, labels, plan.attacks, **how, about=about)
             return open_state(Path(state_file), asked, restart=restart)  # type: ignore[arg-type]
 

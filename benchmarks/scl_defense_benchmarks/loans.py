@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import torch
@@ -40,22 +41,27 @@ class Passes:
         self.traceable &= other.traceable
 
 
+class Withdrawn(BaseException):
+    """The next pass of a network that was taken back: nobody waits for what the attack finds any more."""
+
+
 class Loan:
     """What one attack works on, and nobody else: the judged network is never in an attack's hands; hooks, modules and
     weights that it leaves behind are its own. Twins are made when first asked for; passes through all are counted.
 
-    first: the twin that those in an attack's hands are copies of; nobody passes or changes it.
+    first: the twin that those in an attack's hands are copies of; nobody passes or changes it. withdrawn: once set, no
+    pass begins any more, so that who is stopped does not wait for an attack's end.
     """
 
     def __init__(self, first: Twin):
-        self._first, self.passes = first, Passes()
+        self._first, self.passes, self.withdrawn = first, Passes(), Event()
         self._twins: dict[Precision, tuple[Twin, list[Tensor], list[Any]]] = {}
 
     def twin(self, precision: Precision) -> Twin:
         if precision not in self._twins:
             made = again(self._first, precision)
             kept = [parameter.detach().clone() for parameter in made.parameters()]
-            self._twins[precision] = made, kept, _watch_passes(made, self.passes)
+            self._twins[precision] = made, kept, _watch_passes(made, self.passes, self.withdrawn)
         return self._twins[precision][0]
 
     def unwatched(self, twin: Twin, images: Tensor) -> Tensor:
@@ -95,7 +101,7 @@ class _Witnessed(torch.autograd.Function):
         return gradient, None
 
 
-def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
+def _watch_passes(network: Twin, passes: Passes, withdrawn: Event | None = None) -> list[Any]:
     """Count images passed forward and backward, and note which images ever got a finite gradient that is not zero."""
 
     def on_backward(gradient: Tensor) -> None:
@@ -120,6 +126,8 @@ def _watch_passes(network: Twin, passes: Passes) -> list[Any]:
                 passes.witness |= seen.scatter_reduce(0, rows, usable.to(torch.uint8), "amax").bool()
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if withdrawn is not None and withdrawn.is_set():
+            raise Withdrawn
         images = inputs[0] if inputs else None
         if isinstance(images, Tensor) and images.requires_grad and torch.is_grad_enabled():
             return (_Witnessed.apply(images, on_backward), *inputs[1:])

@@ -1,6 +1,6 @@
 """Our own attacks: the common ascent loop on the classifier's loss, and the noise control."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,19 +68,11 @@ class PGD:
         """images: (N, C, H, W) in [0, 1]; labels: (N,). Returns images in the ball, shaped as ``images``."""
         return self.together(classifier, images, labels, threat, rng, len(images))
 
-    @property
-    def grouped(self) -> bool:
-        """Whether :meth:`together` may be given several chunks: as images fall, what is left of them fills a batch.
-
-        Not where a subclass does something of its own when it is called.
-        """
-        return self.early_stop and type(self).__call__ is PGD.__call__
-
     def together(
         self, classifier: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, rng: Draws, at_once: int
     ) -> Tensor:
-        """The same on chunks that follow each other, each with its generator in ``rng``; at most ``at_once`` images are
-        passed at a time. What comes of an image is what its chunk alone would give.
+        """The same on chunks that follow each other, each with its generator in ``rng``; ``at_once`` images are
+        passed at a time, but for those that fill a batch up. What comes of an image is what its chunk alone would give.
         """
         loss, labels = LOSSES[self.loss], labels.long()
         twin = classifier if isinstance(classifier, Twin) else None
@@ -109,6 +101,18 @@ class PGD:
         if twin is not None:
             twin.rows = None
         return found
+
+
+_OWN = PGD.__call__, PGD.together
+
+
+def takes_several(attack: Any) -> bool:
+    """Whether :meth:`PGD.together` may be given several chunks in place of calls of the attack, one by one: as images
+    fall, what is left of them fills a batch. Of our own class alone: a subclass, or what stands around one, may have
+    something of its own to do when it is called.
+    """
+    kind = type(attack)
+    return issubclass(kind, PGD) and (kind.__call__, kind.together) == _OWN and bool(attack.early_stop)
 
 
 @component

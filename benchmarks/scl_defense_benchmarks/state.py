@@ -1,4 +1,4 @@
-"""What an unfinished battery has found so far, beside its result: one line a chunk, so that a kill costs one chunk."""
+"""What an unfinished battery has found so far, beside its result: one line a chunk: a kill costs what is in work."""
 
 import contextlib
 import hashlib

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -104,13 +105,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, answered as Ctrl-C is: nothing is left half-done. (While a network trains, training answers both.)"""
 
 
-_stops: list[int] = []  # the signals that asked this run to stop
+_stops: list[tuple[int, float]] = []  # the signals that asked this run to stop, and when
+_ECHO = 10.0  # seconds in which an error may come of one
 
 
 def _stop(signum: int, frame: Any) -> None:
     # Noted, as the exception may not come out as itself: compiled code that is interrupted (pydantic's, while it is
     # imported) makes an error of its own of it.
-    _stops.append(signum)
+    _stops.append((signum, time.monotonic()))
     raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -129,31 +131,41 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = getattr(getattr(error, "ctx", None), "command_path", "scl-defense")
         return _fail(error.format_message().replace("\n", " "), 2, debug, f" (see: {command} --help)")
     except (click.Abort, KeyboardInterrupt) as error:  # click makes its own of a KeyboardInterrupt
-        return _stopped(isinstance(error, Terminated) or isinstance(error.__cause__, Terminated), debug)
+        return _stopped(debug, isinstance(error, Terminated) or isinstance(error.__cause__, Terminated))
     except PeerFailed as error:  # it is said where it happened
         from scl_defense.runtime import hear_out
 
         hear_out()
         return error.exit_code
     except SclDefenseError as error:
-        if _stops:
-            return _stopped(signal.SIGTERM in _stops, debug)
+        if _just_stopped():
+            return _stopped(debug)
         return _fail(" ".join(str(error).split()), error.exit_code, debug)
     except BrokenPipeError:  # the reader of a pipe has gone: `... | head`
         sys.stderr.close()
         return 1
     except Exception as error:
-        if _stops:
-            return _stopped(signal.SIGTERM in _stops, debug)
+        if _just_stopped():
+            return _stopped(debug)
         return _fail(
             f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (this is a bug or a broken component; "
             "--debug shows where)",
             1,
             debug,
         )
+    except BaseException as error:  # as PyO3's panics are
+        if isinstance(error, SystemExit) or not _just_stopped():
+            raise
+        return _stopped(debug)
 
 
-def _stopped(terminated: bool, debug: bool) -> int:
+def _just_stopped() -> bool:
+    """Whether what went wrong now is a stop, not an error of its own, long after one that somebody has answered."""
+    return any(time.monotonic() - when < _ECHO for _, when in _stops)
+
+
+def _stopped(debug: bool, terminated: bool = False) -> int:
+    terminated = terminated or any(signum == signal.SIGTERM for signum, _ in _stops)
     return _fail("stopped", 143 if terminated else 130, debug)
 
 

@@ -1,10 +1,12 @@
 """Chunks that are attacked together: no number depends on it, whatever happens to them."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
 from planted_attacks import LINF
+from scl_defense_benchmarks import chunks as chunks_module
 from scl_defense_benchmarks import crew, native
 from scl_defense_benchmarks.battery import Plan, PlannedAttack
 from scl_defense_benchmarks.chunks import Budget, Target, attack_chunks
@@ -20,8 +22,16 @@ CHUNK = 16  # as large as what rounds alike, whatever else is in a batch
 
 
 @pytest.fixture
-def lots(monkeypatch):
-    """How many chunks were attacked together, call by call."""
+def together(monkeypatch):
+    """Whether what was attacked in one call was attacked."""
+    done, called = [], chunks_module._called_together
+    monkeypatch.setattr(chunks_module, "_called_together", lambda *given: done.append(called(*given)) or done[-1])
+    return done
+
+
+@pytest.fixture
+def lots(monkeypatch, together):
+    """How many chunks a worker was given, time by time."""
     taken = []
 
     def counted(target, planned, loan, chunks, *more):
@@ -53,32 +63,33 @@ CASES = [
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("attack", "threat", "restarts"), CASES)
 def test_no_number_depends_on_who_is_attacked_together(
-    network, digits, monkeypatch, lots, attack, threat, restarts, precision
+    network, digits, monkeypatch, lots, together, attack, threat, restarts, precision
 ):
     images, labels = digits[0][1400:1560], digits[1][1400:1560]
     found = []
     ways = ((1, 1, 128), (8, 2, 128), (8, 1, 48), (3, 3, 128), (8, 1, 128))
     for most, workers, batch_size in ways if precision == "fp32" else ways[:2]:
         monkeypatch.setattr(crew, "LOT", most)
-        lots.clear()
+        lots.clear(), together.clear()
         plan = once(attack, threat, restarts)
         found.append(
             evaluate(network, images, labels, plan, seed=3, workers=workers, batch_size=batch_size, precision=precision)
         )
         assert sum(lots) == 10 and max(lots) == {1: 1, 3: 3, 8: 5}[most]
+        assert all(together) and bool(together) is (most > 1)
     rows = [told(one) for one in found]
     assert all(row == rows[0] for row in rows[1:])
     outcomes = set(rows[0][0]["outcomes"])
     assert len(outcomes) > 1 and rows[0][0]["forwards"] > 1
 
 
-def test_each_chunk_is_told_its_own_passes(network, digits, lots):
+def test_each_chunk_is_told_its_own_passes(network, digits, together):
     images, labels = digits[0][1400:1532], digits[1][1400:1532]
     target = Target(network, images, labels, torch.ones(132, dtype=torch.bool), repeatable=True)
     planned = PlannedAttack("it", "it", native.PGD(steps=5), ThreatModel("linf", "0.15"))
     chunks = [(number, places) for number, places in enumerate(torch.arange(132).split(33))]
     with torch.no_grad():
-        together = attack_chunks(target, planned, Loan(target.twin), chunks, [planned.threat], 3, Budget(128), True)
+        joined = attack_chunks(target, planned, Loan(target.twin), chunks, [planned.threat], 3, Budget(128), True)
         apart = [
             found
             for one in chunks
@@ -86,12 +97,12 @@ def test_each_chunk_is_told_its_own_passes(network, digits, lots):
                 target, planned, Loan(target.twin), [one], [planned.threat], 3, Budget(128), True
             )
         ]
-    assert len(together) == len(apart) == 4
-    for (record, best), (own, own_best) in zip(together, apart, strict=True):
+    assert len(joined) == len(apart) == 4 and together == [True]
+    for (record, best), (own, own_best) in zip(joined, apart, strict=True):
         assert record | {"seconds": 0} == own | {"seconds": 0} and torch.equal(best, own_best)
         # An image is passed once a step until it is wrong; what fills a batch up is nobody's.
         assert record["forwards"] == sum(record["paid"]) == record["backwards"] <= 5 * 33
-    assert len({record["forwards"] for record, _ in together}) > 1
+    assert len({record["forwards"] for record, _ in joined}) > 1
 
 
 def test_what_waits_long_or_draws_is_attacked_chunk_by_chunk(network, digits, monkeypatch):
@@ -116,12 +127,39 @@ def test_what_waits_long_or_draws_is_attacked_chunk_by_chunk(network, digits, mo
     monkeypatch.setattr(crew, "LOT_PARAMETERS", sum(one.numel() for one in network.parameters()) - 1)
     assert sizes() == [1] * 10
 
+    monkeypatch.undo()
+    calls = []
+
     class Own(native.PGD):
         def __call__(self, *given):
             return super().__call__(*given)
 
-    monkeypatch.undo()
-    assert sizes(Own(steps=10)) == [1] * 10  # a subclass has something to do in its call
+    class OtherTogether(native.PGD):
+        def together(self, *given):
+            return super().together(*given)
+
+    class Around:
+        """An attack that does something of its own with another, and is that one in all else."""
+
+        minimal, access, norms, family, parallel = False, "white-box", frozenset({"linf"}), "pgd", True
+
+        def __getattr__(self, name):
+            return getattr(pgd, name)
+
+        def __call__(self, *given):
+            calls.append(pgd(*given))
+            return calls[-1]
+
+    class Stranger(Around):
+        grouped, together, steps = True, None, ("a",)
+
+    for attack in (Own(steps=10), OtherTogether(steps=10), Around(), Stranger()):
+        assert sizes(attack) == [1] * 10
+    monkeypatch.setattr("scl_defense_benchmarks.attempt.CHUNK", CHUNK)
+    assert evaluate(network, images, labels, once(Around()), seed=1).attacks[0].status == "ok" and len(calls) == 10
+    patched = lambda self, *given: calls.append(0) or given[1]  # noqa: E731
+    monkeypatch.setattr(native.PGD, "__call__", patched)
+    assert sizes() == [1] * 10
 
 
 class Breaks(nn.Module):
@@ -152,7 +190,47 @@ def test_a_fault_is_its_chunk_s_and_what_was_attacked_before_stays(network, digi
     assert found[0].outcomes == found[1].outcomes and len(set(found[0].outcomes)) > 2
 
 
-def test_what_does_not_fit_into_memory_is_passed_in_smaller_parts(network, digits, monkeypatch, lots):
+def test_nothing_behind_a_fault_is_attacked(network, digits, lots):
+    asked = []
+
+    class Never(nn.Module):
+        def forward(self, images):
+            if images.requires_grad:
+                asked.append(len(images))
+                raise ValueError("never")
+            return network(images)
+
+    images, labels = digits[0][1400:1560], digits[1][1400:1560]
+    result = evaluate(Never().eval(), images, labels, once(native.PGD(steps=3)), seed=1)
+    assert result.attacks[0].status == "failed" and lots == [5]
+    assert asked[-2:] == [80, CHUNK] and asked.count(CHUNK) == 1  # together, and its first chunk
+
+
+def test_who_stops_does_not_wait_for_a_lot(network, digits, lots, monkeypatch):
+    """Not for the steps that are left of it: the other worker's next pass is its last."""
+    images, labels = digits[0][1400:1560], digits[1][1400:1560]
+    asked, calm = [], threading.Event()
+
+    class Slow(nn.Module):
+        def forward(self, images):
+            if images.requires_grad and threading.current_thread() is not threading.main_thread():
+                asked.append(len(images))
+                calm.wait(0.05)
+            return network(images)
+
+    def progress(label, done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(crew, "LOT", 2)
+    plan = once(native.PGD(steps=100, early_stop=True), ThreatModel("linf", "0.001"))
+    monkeypatch.setattr(crew, "LOT_STEPS", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Slow().eval(), images, labels, plan, seed=1, workers=2, progress=progress)
+    assert max(lots) == 2 and 100 < len(asked) < 270  # 300 if they waited for the third
+
+
+def test_what_does_not_fit_into_memory_together_is_passed_chunk_by_chunk(network, digits, lots, together):
     images, labels = digits[0][1400:1560], digits[1][1400:1560]
     seen = []
 
@@ -169,31 +247,30 @@ def test_what_does_not_fit_into_memory_is_passed_in_smaller_parts(network, digit
             return self.network(images)
 
     result = evaluate(Small().eval(), images, labels, once(native.PGD(steps=4)), seed=1, batch_size=128)
+    assert together == [False, False] and result.batch_size == 128  # each chunk fits
     plain = evaluate(network, images, labels, once(native.PGD(steps=4)), seed=1)
     assert max(lots) == 5 and max(seen) > 40 and seen[-1] <= 40
-    assert max(size for size in seen if size <= 40) > CHUNK  # still together
     assert told(result)[0] == told(plain)[0] and result.attacks[0].status == "ok"
 
 
-def test_an_attack_that_writes_on_its_input_is_seen(network, digits, monkeypatch, lots):
+def test_an_attack_that_writes_on_its_input_is_seen(network, digits, monkeypatch, lots, together):
     images, labels = digits[0][1400:1480], digits[1][1400:1480]
 
-    class Writes(native.PGD):
-        @property
-        def grouped(self):
-            return True
+    ascend = native.ascend
 
-        def together(self, classifier, images, *more):
-            found = super().together(classifier, images, *more)
-            images[-1] = 0
-            return found
+    def writes(objective, images, *given, **named):
+        found = ascend(objective, images, *given, **named)
+        images[-1] = 0
+        return found
 
-    found = evaluate(network, images, labels, once(Writes(steps=2)), seed=1)
+    monkeypatch.setattr(native, "ascend", writes)
+    found = evaluate(network, images, labels, once(native.PGD(steps=2)), seed=1)
+    assert all(together) and together
     assert max(lots) > 1 and "input-written" in {flag.id for flag in found.flags}
 
 
-def test_a_named_attack_is_attacked_together(network, digits, lots):
+def test_a_named_attack_is_attacked_together(network, digits, lots, together):
     """As a user asks for it."""
     images, labels = digits[0][1400:1560], digits[1][1400:1560]
     result = benchmark(network, images, labels, attacks="native:pgd:steps=3:restarts=2", eps="0.2", probes="none")
-    assert result.attacks[0].status == "ok" and max(lots) >= 3
+    assert result.attacks[0].status == "ok" and max(lots) >= 3 and all(together)
