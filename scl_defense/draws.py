@@ -35,10 +35,6 @@ class Several:
         self.parts = [(rng, count) for rng, count in parts if count]
         self._silent = [False] * len(self.parts)
 
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0][0].device if self.parts else torch.device("cpu")
-
     def alone(self, rows: Tensor) -> "Several":
         """The same, of which only the parts with one of these rows draw; the others have zeros for what is drawn."""
         made, wanted, start = Several(self.parts), set(rows.tolist()), 0
